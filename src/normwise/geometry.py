@@ -1,0 +1,303 @@
+"""The geometry of a norm: which elements of an input share their statistics, and how they lie in memory.
+
+Every norm of the family reads an input of any rank, without copying it, as
+
+    (outer, before, groups, members, after)
+
+and differs from the others only in which of these five extents tell the sets apart. This module is
+pure Python: the layers, the kernels, the tests and the figures all ask it.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from collections.abc import Iterable
+
+Shape = tuple[int | None, ...]
+
+# One group per channel, as Keras and TensorFlow Addons write it.
+INSTANCE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """How one input falls apart into sets of elements that share a mean and a variance.
+
+    An extent that is not known before the call is None.
+
+    Args:
+        shape: the input's shape.
+        outer, before, groups, members, after: the five extents; their product is the input's size.
+        per: names of the extents that tell sets apart, e.g. `("outer", "groups")`.
+        set_axes: axes of the input that lie wholly inside a set, ascending.
+        parameter_axes: axes of the input that gamma and beta span, ascending.
+        permutation: the order of the input's axes under which the five extents hold, None where
+            that is the order in memory.
+
+    Example:
+
+    >>> from normwise import geometry
+    >>> g = geometry.group((8, 4, 4, 6), axis=-1, groups=3)
+    >>> g.outer, g.before, g.groups, g.members, g.after
+    (8, 16, 3, 2, 1)
+    >>> g.set_size, g.parameter_shape
+    (32, (6,))
+    >>> g.set_of((0, 1, 2, 5)) == g.set_of((0, 3, 3, 4)) != g.set_of((1, 1, 2, 5))
+    True
+    """
+
+    shape: Shape
+    outer: int | None
+    before: int | None
+    groups: int | None
+    members: int | None
+    after: int | None
+    per: tuple[str, ...]
+    set_axes: tuple[int, ...]
+    parameter_axes: tuple[int, ...]
+    permutation: tuple[int, ...] | None = None
+
+    @property
+    def extents(self) -> Shape:
+        """The five extents in order."""
+        return (self.outer, self.before, self.groups, self.members, self.after)
+
+    @property
+    def parameter_shape(self) -> Shape:
+        """The shape of gamma and beta."""
+        return tuple(self.shape[axis] for axis in self.parameter_axes)
+
+    @property
+    def broadcast_shape(self) -> Shape:
+        """The shape under which gamma and beta broadcast against the input."""
+        return tuple(
+            extent if axis in self.parameter_axes else 1 for axis, extent in enumerate(self.shape)
+        )
+
+    @property
+    def set_size(self) -> int | None:
+        """The number of elements in one set."""
+        names = ("outer", "before", "groups", "members", "after")
+        inside = (e for name, e in zip(names, self.extents, strict=True) if name not in self.per)
+        return _product(inside)
+
+    @property
+    def splits_channels(self) -> bool:
+        """Whether a set takes some of the channels: more than one of them, but not all."""
+        return "groups" in self.per and self.members != 1 and self.groups != 1
+
+    def set_of(self, position: tuple[int, ...]) -> tuple[int, ...]:
+        """The set that the element at `position` belongs to; equal tuples mean one set."""
+        return tuple(
+            index // self.members if axis in self.parameter_axes else index
+            for axis, index in enumerate(position)
+            if axis not in self.set_axes
+        )
+
+
+def group(shape: Iterable[int | None], axis: int | Iterable[int] = -1, groups: int = 32) -> Geometry:
+    """The geometry of group norm, and with `groups=-1` of instance norm.
+
+    Args:
+        shape: the input's shape, of rank 2 or more; only the channels must be known.
+        axis: the channel axis, an int or a list of one; any but the batch axis 0.
+        groups: how many groups the channels form; -1 for a group per channel.
+
+    Raises:
+        TypeError: `axis` is no int.
+        ValueError: `axis` is the batch or out of range, the channels are unknown, `groups` is not
+            a positive int or -1, or does not divide the channels.
+
+    Reference: Wu and He, Group Normalization, 2018, https://arxiv.org/abs/1803.08494
+    """
+    return _group(_as_shape(shape), check_channel_axis(axis), check_groups(groups))
+
+
+def layer(shape: Iterable[int | None], axis: int | Iterable[int] = -1) -> Geometry:
+    """The geometry of layer norm and of RMS norm.
+
+    Args:
+        shape: the input's shape, of rank 2 or more.
+        axis: the axes that a set spans: an int, or any list of axes in any order.
+
+    Raises:
+        TypeError: `axis` is neither an int nor a list of ints.
+        ValueError: an axis is out of range or named twice, or no axis is named.
+
+    Reference: Ba et al., Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
+    """
+    axis = check_axes(axis)
+    return _layer(_as_shape(shape), (axis,) if isinstance(axis, int) else axis)
+
+
+def batch(shape: Iterable[int | None], axis: int = -1) -> Geometry:
+    """The geometry of batch norm: a set is a channel of the whole batch.
+
+    Reference: Ioffe and Szegedy, Batch Normalization, 2015, https://arxiv.org/abs/1502.03167
+    """
+    shape = _as_shape(shape)
+    (channel,) = _canonical((check_channel_axis(axis),), shape)
+    return Geometry(
+        shape=shape,
+        outer=1,
+        before=_product(shape[:channel]),
+        groups=shape[channel],
+        members=1,
+        after=_product(shape[channel + 1 :]),
+        per=("groups",),
+        set_axes=tuple(a for a in range(len(shape)) if a != channel),
+        parameter_axes=(channel,),
+    )
+
+
+def check_groups(groups) -> int:
+    """Return `groups` as an int if it can be a number of groups, before any shape is known."""
+    remedy = "expected a positive int, or -1 for one group per channel (instance norm)"
+    if isinstance(groups, bool) or not hasattr(groups, "__index__"):
+        raise ValueError(f"groups={groups!r} is no number of groups; {remedy}")
+    groups = operator.index(groups)
+    if groups < 1 and groups != INSTANCE:
+        raise ValueError(f"groups={groups} is no number of groups; {remedy}")
+    return groups
+
+
+def check_axes(axis) -> int | tuple[int, ...]:
+    """Return `axis` as an int or a tuple of ints, before any shape is known."""
+    if isinstance(axis, (list, tuple)):
+        if not axis:
+            raise ValueError("axis=[] names no axis; name at least one, as in axis=-1")
+        return tuple(_as_axis(a, axis) for a in axis)
+    return _as_axis(axis, axis)
+
+
+def check_channel_axis(axis) -> int:
+    """Return the one channel axis that `axis` names as an int or as a list of one."""
+    axes = check_axes(axis)
+    if isinstance(axes, tuple):
+        if len(axes) != 1:
+            raise ValueError(
+                f"axis={list(axes)} names {len(axes)} axes, but the channels lie on one; use "
+                f"axis={axes[-1]}, or layer norm to normalize over several axes"
+            )
+        (axes,) = axes
+    if axes == 0:
+        raise _batch_axis_error(0, None)
+    return axes
+
+
+@functools.lru_cache(maxsize=1024)
+def _group(shape: Shape, axis: int, groups: int) -> Geometry:
+    (channel,) = _canonical((axis,), shape)
+    if channel == 0:
+        raise _batch_axis_error(axis, shape)
+    channels = shape[channel]
+    if channels is None:
+        raise ValueError(
+            f"the number of channels on axis {axis} of shape {shape} is unknown; give that axis a "
+            "fixed extent, as in keras.Input((None, None, 16))"
+        )
+    count = channels if groups == INSTANCE else groups
+    if groups != INSTANCE and (count > channels or channels % count):
+        wrong = "is more than" if count > channels else "does not divide"
+        raise ValueError(
+            f"groups={groups} {wrong} the {channels} channels on axis {axis} of shape {shape}; "
+            f"use {_choices(_divisors(channels))}"
+        )
+    members = 1 if groups == INSTANCE else channels // count
+    inside = tuple(a for a in range(1, len(shape)) if a != channel or count == 1)
+    return Geometry(
+        shape=shape,
+        outer=shape[0],
+        before=_product(shape[1:channel]),
+        groups=count,
+        members=members,
+        after=_product(shape[channel + 1 :]),
+        per=("outer", "groups"),
+        set_axes=inside,
+        parameter_axes=(channel,),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _layer(shape: Shape, axis: tuple[int, ...]) -> Geometry:
+    axes = _canonical(axis, shape)
+    kept = tuple(a for a in range(len(shape)) if a not in axes)
+    first, last = axes[0], axes[-1]
+    contiguous = last - first + 1 == len(axes)
+    leading, trailing = (shape[:first], shape[last + 1 :]) if contiguous else (
+        tuple(shape[a] for a in kept),
+        (),
+    )
+    return Geometry(
+        shape=shape,
+        outer=_product(leading),
+        before=1,
+        groups=1,
+        members=_product(shape[a] for a in axes),
+        after=_product(trailing),
+        per=("outer", "after") if trailing else ("outer",),
+        set_axes=axes,
+        parameter_axes=axes,
+        permutation=None if contiguous else kept + axes,
+    )
+
+
+def _as_shape(shape: Iterable[int | None]) -> Shape:
+    """A shape of ints, None where the extent is a symbol that only the call will know."""
+    shape = tuple(extent if isinstance(extent, int) else None for extent in shape)
+    if len(shape) < 2:
+        raise ValueError(
+            f"shape {shape} has rank {len(shape)}, but a norm needs a batch axis and at least one "
+            "more; add an axis, as in x[None, :]"
+        )
+    return shape
+
+
+def _as_axis(axis, given) -> int:
+    if isinstance(axis, bool) or not hasattr(axis, "__index__"):
+        raise TypeError(
+            f"axis={given!r} is no axis; expected an int, or a list or tuple of ints"
+        )
+    return operator.index(axis)
+
+
+def _canonical(axes: tuple[int, ...], shape: Shape) -> tuple[int, ...]:
+    """The axes counted from the front, ascending."""
+    rank = len(shape)
+    for axis in axes:
+        if not -rank <= axis < rank:
+            raise ValueError(
+                f"axis={axis} is out of range for shape {shape} of rank {rank}; "
+                f"use an axis from {-rank} to {rank - 1}"
+            )
+    canonical = sorted(axis % rank for axis in axes)
+    for axis, following in zip(canonical, canonical[1:], strict=False):
+        if axis == following:
+            raise ValueError(
+                f"axis={list(axes)} names axis {axis} of shape {shape} twice; name each axis once"
+            )
+    return tuple(canonical)
+
+
+def _batch_axis_error(axis: int, shape: Shape | None) -> ValueError:
+    where = "" if shape is None else f" of shape {shape}"
+    return ValueError(
+        f"axis={axis} is the batch axis{where}, and group and instance norm keep samples apart; "
+        "use the channel axis: -1 for channels last, 1 for channels first"
+    )
+
+
+def _product(extents: Iterable[int | None]) -> int | None:
+    extents = tuple(extents)
+    return None if None in extents else math.prod(extents)
+
+
+def _divisors(number: int) -> list[int]:
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _choices(numbers: list[int]) -> str:
+    *most, last = map(str, numbers)
+    return f"{', '.join(most)} or {last}" if most else last
