@@ -1,4 +1,4 @@
-"""The geometry of a norm: which elements of an input share their statistics, and how they lie in memory.
+"""The geometry of a norm: which elements share their statistics, and how they lie in memory.
 
 Every norm of the family reads an input of any rank, without copying it, as
 
@@ -10,6 +10,7 @@ pure Python: the layers, the kernels, the tests and the figures all ask it.
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Iterable
@@ -87,6 +88,12 @@ class Geometry:
         """Whether a set takes some of the channels: more than one of them, but not all."""
         return "groups" in self.per and self.members != 1 and self.groups != 1
 
+    @property
+    def trailing(self) -> bool:
+        """Whether a set is the input's last axes as a whole, with gamma and beta to match."""
+        rank = len(self.shape)
+        return self.set_axes == self.parameter_axes == tuple(range(rank - len(self.set_axes), rank))
+
     def set_of(self, position: tuple[int, ...]) -> tuple[int, ...]:
         """The set that the element at `position` belongs to; equal tuples mean one set."""
         return tuple(
@@ -96,7 +103,9 @@ class Geometry:
         )
 
 
-def group(shape: Iterable[int | None], axis: int | Iterable[int] = -1, groups: int = 32) -> Geometry:
+def group(
+    shape: Iterable[int | None], axis: int | Iterable[int] = -1, groups: int = 32
+) -> Geometry:
     """The geometry of group norm, and with `groups=-1` of instance norm.
 
     Args:
@@ -225,9 +234,13 @@ def _layer(shape: Shape, axis: tuple[int, ...]) -> Geometry:
     kept = tuple(a for a in range(len(shape)) if a not in axes)
     first, last = axes[0], axes[-1]
     contiguous = last - first + 1 == len(axes)
-    leading, trailing = (shape[:first], shape[last + 1 :]) if contiguous else (
-        tuple(shape[a] for a in kept),
-        (),
+    leading, trailing = (
+        (shape[:first], shape[last + 1 :])
+        if contiguous
+        else (
+            tuple(shape[a] for a in kept),
+            (),
+        )
     )
     return Geometry(
         shape=shape,
@@ -256,9 +269,7 @@ def _as_shape(shape: Iterable[int | None]) -> Shape:
 
 def _as_axis(axis, given) -> int:
     if isinstance(axis, bool) or not hasattr(axis, "__index__"):
-        raise TypeError(
-            f"axis={given!r} is no axis; expected an int, or a list or tuple of ints"
-        )
+        raise TypeError(f"axis={given!r} is no axis; expected an int, or a list or tuple of ints")
     return operator.index(axis)
 
 
@@ -272,7 +283,7 @@ def _canonical(axes: tuple[int, ...], shape: Shape) -> tuple[int, ...]:
                 f"use an axis from {-rank} to {rank - 1}"
             )
     canonical = sorted(axis % rank for axis in axes)
-    for axis, following in zip(canonical, canonical[1:], strict=False):
+    for axis, following in itertools.pairwise(canonical):
         if axis == following:
             raise ValueError(
                 f"axis={list(axes)} names axis {axis} of shape {shape} twice; name each axis once"

@@ -1,0 +1,98 @@
+"""What every layer of the family has: gamma and beta, an activation, and a config."""
+
+import keras
+from keras import constraints, initializers, regularizers
+
+from normwise import geometry, ops
+
+
+class Affine(keras.Layer):
+    """A norm followed by y = activation(gamma * x + beta): weights, config and shapes.
+
+    A subclass says which geometry an input has and calls its op. Arguments are those of the layers.
+    """
+
+    def __init__(
+        self,
+        *,
+        axis,
+        epsilon,
+        center,
+        scale,
+        beta_initializer="zeros",
+        gamma_initializer="ones",
+        beta_regularizer=None,
+        gamma_regularizer=None,
+        beta_constraint=None,
+        gamma_constraint=None,
+        activation=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.axis = axis
+        self.epsilon = ops.check_epsilon(epsilon)
+        self.center = center
+        self.scale = scale
+        self.beta_initializer = initializers.get(beta_initializer)
+        self.gamma_initializer = initializers.get(gamma_initializer)
+        self.beta_regularizer = regularizers.get(beta_regularizer)
+        self.gamma_regularizer = regularizers.get(gamma_regularizer)
+        self.beta_constraint = constraints.get(beta_constraint)
+        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.activation = keras.activations.get(activation)
+        self.gamma = None
+        self.beta = None
+        self.supports_masking = True
+        # The statistics are of the input as it comes: rounding it to float16 first would lose them.
+        self.autocast = False
+
+    def geometry(self, input_shape) -> geometry.Geometry:
+        """Which elements of an input of this shape share their statistics."""
+        raise NotImplementedError
+
+    def build(self, input_shape):
+        """Create gamma and beta for inputs of this shape."""
+        plan = self.geometry(input_shape)
+        shape = plan.parameter_shape
+        if None in shape and (self.scale or self.center):
+            raise ValueError(
+                f"axis={self.axis} of shape {tuple(input_shape)} has an unknown extent, so the "
+                "shape of gamma and beta is unknown; give it a fixed extent, or set scale=False "
+                "and center=False"
+            )
+        if self.scale:
+            self.gamma = self._add_parameter("gamma", shape)
+        if self.center:
+            self.beta = self._add_parameter("beta", shape)
+
+    def _add_parameter(self, name, shape):
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=getattr(self, f"{name}_initializer"),
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
+            autocast=False,
+        )
+
+    def compute_output_shape(self, input_shape):
+        """The shape of the input."""
+        self.geometry(input_shape)
+        return tuple(input_shape)
+
+    def get_config(self):
+        """The arguments of the layer, whatever it was built on."""
+        return {
+            **super().get_config(),
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "center": self.center,
+            "scale": self.scale,
+            "beta_initializer": initializers.serialize(self.beta_initializer),
+            "gamma_initializer": initializers.serialize(self.gamma_initializer),
+            "beta_regularizer": regularizers.serialize(self.beta_regularizer),
+            "gamma_regularizer": regularizers.serialize(self.gamma_regularizer),
+            "beta_constraint": constraints.serialize(self.beta_constraint),
+            "gamma_constraint": constraints.serialize(self.gamma_constraint),
+            "activation": keras.activations.serialize(self.activation),
+        }

@@ -1,0 +1,212 @@
+"""Layer norm and RMS norm."""
+
+import warnings
+
+import keras
+
+from normwise import geometry, ops
+from normwise.layers.affine import Affine
+
+
+class _OverAxes(Affine):
+    """A norm over any axes, named when it is made: an int, or a list as configs keep it."""
+
+    def __init__(self, *, axis, **kwargs):
+        axis = geometry.check_axes(axis)
+        super().__init__(axis=axis if isinstance(axis, int) else list(axis), **kwargs)
+
+    def geometry(self, input_shape) -> geometry.Geometry:
+        """Which elements of an input of this shape share their statistics."""
+        return geometry.layer(input_shape, self.axis)
+
+
+@keras.saving.register_keras_serializable("normwise")
+class LayerNormalization(_OverAxes):
+    """Layer norm: normalize over the axes named, every other position by itself.
+
+        y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
+
+    with the mean and the variance over `axis`. `axis=-1` on an image normalizes each pixel over its
+    channels; all activations of a sample are `axis=[1, 2, 3]`.
+
+    Input: rank 2 or more, any real dtype. Output: the same shape, in the layer's compute dtype. A
+    mask leaves what it masks out of the statistics; a set that is masked as a whole is normalized
+    with mean 0 and variance 1.
+
+    Args:
+        axis: an int, or a list of axes in any order.
+        epsilon: added to the variance, a number >= 0.
+        center: whether to add beta.
+        scale: whether to multiply by gamma.
+        beta_initializer, gamma_initializer: of beta and gamma, each of the shape of the input's
+            normalized axes in ascending order.
+        beta_regularizer, gamma_regularizer: of beta and gamma, or None.
+        beta_constraint, gamma_constraint: of beta and gamma, or None.
+        activation: applied to the result, a name or a callable, or None.
+        **kwargs: of the base layer, as `name` and `dtype`. Keras's deprecated `rms_scaling=True`
+            gives gamma * x / sqrt(var + epsilon), with a warning.
+
+    Raises:
+        ValueError: on construction for an epsilon that is negative or NaN; on the first call for
+            an axis out of range or named twice, and for normalized axes of unknown extent.
+        TypeError: axis is neither an int nor a list of ints, or epsilon no number.
+
+    Numerics: arithmetic in float32 (float64 for float64), error of y below a small multiple of
+    eps * (1 + |mean| / std): see docs/numerics.md.
+
+    Reference: Ba et al., Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
+
+    Example:
+
+    >>> import numpy as np, normwise
+    >>> layer = normwise.layers.LayerNormalization(axis=[2, 1])
+    >>> y = layer(np.ones((4, 8, 6), "float32"))
+    >>> tuple(layer.gamma.shape)
+    (8, 6)
+    """
+
+    def __init__(
+        self,
+        axis=-1,
+        epsilon=1e-3,
+        center=True,
+        scale=True,
+        beta_initializer="zeros",
+        gamma_initializer="ones",
+        beta_regularizer=None,
+        gamma_regularizer=None,
+        beta_constraint=None,
+        gamma_constraint=None,
+        activation=None,
+        **kwargs,
+    ):
+        rms_scaling = bool(kwargs.pop("rms_scaling", False))
+        if rms_scaling:
+            warnings.warn(
+                "rms_scaling=True divides by the standard deviation, not by the root mean square, "
+                "and Keras deprecates it; use RMSNormalization",
+                stacklevel=2,
+            )
+        super().__init__(
+            axis=axis,
+            epsilon=epsilon,
+            center=center and not rms_scaling,
+            scale=scale or rms_scaling,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            activation=activation,
+            **kwargs,
+        )
+        self.rms_scaling = rms_scaling
+
+    def call(self, inputs, mask=None):
+        """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
+        if self.rms_scaling:
+            return self._divided_by_deviation(inputs)
+        return ops.layer_norm(
+            inputs,
+            self.gamma,
+            self.beta,
+            axis=self.axis,
+            epsilon=self.epsilon,
+            activation=self.activation,
+            mask=mask,
+            dtype=self.compute_dtype,
+        )
+
+    def _divided_by_deviation(self, inputs):
+        plan = self.geometry(inputs.shape)
+        x = keras.ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
+        variance = keras.ops.var(x, axis=plan.set_axes, keepdims=True)
+        gamma = keras.ops.reshape(self.gamma, plan.broadcast_shape)
+        y = x * keras.ops.rsqrt(variance + self.epsilon) * gamma
+        return self.activation(keras.ops.cast(y, self.compute_dtype))
+
+    def get_config(self):
+        """The arguments of the layer, whatever it was built on."""
+        config = super().get_config()
+        return {**config, "rms_scaling": True} if self.rms_scaling else config
+
+
+@keras.saving.register_keras_serializable("normwise")
+class RMSNormalization(_OverAxes):
+    """RMS norm: divide by the root mean square over the axes named; no mean is subtracted.
+
+        y = activation(gamma * x / sqrt(mean(x^2) + epsilon))
+
+    Input: rank 2 or more, any real dtype. Output: the same shape, in the layer's compute dtype. A
+    mask leaves what it masks out of the statistics; a set that is masked as a whole is normalized
+    with mean square 1.
+
+    Args:
+        axis: an int, or a list of axes in any order.
+        epsilon: added to the mean square, a number >= 0.
+        scale: whether to multiply by gamma.
+        gamma_initializer: of gamma, which has the shape of the input's normalized axes in ascending
+            order.
+        gamma_regularizer, gamma_constraint: of gamma, or None.
+        activation: applied to the result, a name or a callable, or None.
+        **kwargs: of the base layer, as `name` and `dtype`.
+
+    Raises:
+        ValueError, TypeError: as LayerNormalization.
+
+    Numerics: arithmetic in float32 (float64 for float64), error of y below a small multiple of eps.
+
+    Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019,
+        https://arxiv.org/abs/1910.07467
+
+    Example:
+
+    >>> import numpy as np, normwise
+    >>> layer = normwise.layers.RMSNormalization(axis=1)
+    >>> y = layer(np.ones((4, 8, 6), "float32"))
+    >>> [(w.name, tuple(w.shape)) for w in layer.weights]
+    [('gamma', (8,))]
+    """
+
+    def __init__(
+        self,
+        axis=-1,
+        epsilon=1e-6,
+        scale=True,
+        gamma_initializer="ones",
+        gamma_regularizer=None,
+        gamma_constraint=None,
+        activation=None,
+        **kwargs,
+    ):
+        super().__init__(
+            axis=axis,
+            epsilon=epsilon,
+            center=False,
+            scale=scale,
+            gamma_initializer=gamma_initializer,
+            gamma_regularizer=gamma_regularizer,
+            gamma_constraint=gamma_constraint,
+            activation=activation,
+            **kwargs,
+        )
+
+    def call(self, inputs, mask=None):
+        """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
+        return ops.rms_norm(
+            inputs,
+            self.gamma,
+            axis=self.axis,
+            epsilon=self.epsilon,
+            activation=self.activation,
+            mask=mask,
+            dtype=self.compute_dtype,
+        )
+
+    def get_config(self):
+        """The arguments of the layer, whatever it was built on."""
+        config = super().get_config()
+        for name in ("center", "beta_initializer", "beta_regularizer", "beta_constraint"):
+            del config[name]
+        return config

@@ -1,0 +1,335 @@
+"""The norms as functions of tensors, differentiable on every backend and usable in Keras models.
+
+Each takes a backend tensor, a NumPy array or a Keras symbolic tensor `x` of rank 2 or more, and
+
+    gamma, beta   tensors that scale and shift the result, or None
+    epsilon       added to the variance, a number >= 0
+    activation    applied to the result: a name that `keras.activations.get` knows, or a callable
+    mask          bool, True = keep: of the shape of x, or of its first axes as Keras passes it, an
+                  extent of 1 standing for all. What is masked stays out of the statistics.
+    dtype         of the result; by default that of x, or `keras.config.floatx()` for integers
+
+and returns a tensor of the shape of x. The arithmetic is in float64 where x or dtype is float64,
+in float32 otherwise. Sets without variance give beta, empty inputs empty outputs; a NaN or an
+infinity stays in its set. See docs/numerics.md for the bounds.
+"""
+
+import math
+import numbers
+
+import keras
+
+from normwise import dispatch, geometry
+from normwise.kernels import KERNELS
+
+__all__ = ["group_norm", "instance_norm", "layer_norm", "rms_norm"]
+
+
+def group_norm(
+    x,
+    gamma=None,
+    beta=None,
+    *,
+    groups=32,
+    axis=-1,
+    epsilon=1e-3,
+    activation=None,
+    mask=None,
+    dtype=None,
+):
+    """Group norm: normalize each sample over groups of its channels.
+
+        y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
+
+    with the mean and the variance of one sample's elements in one group of neighbouring channels.
+
+    Args:
+        x: tensor (batch, ..., channels, ...) of any real dtype.
+        gamma, beta: tensors (channels,) or None.
+        groups: the number of groups; must divide the channels. -1 makes a group of every channel.
+        axis: the channel axis, any but the batch.
+        epsilon, activation, mask, dtype: see the module.
+
+    Returns:
+        A tensor of the shape of x.
+
+    Raises:
+        ValueError: the groups do not divide the channels, the channels are unknown, the axis is
+            the batch or out of range, or the shape of gamma, beta or mask does not fit.
+        TypeError: x is complex, or axis is no int.
+
+    Numerics: the error of y stays below a small multiple of eps * (1 + |mean| / std).
+
+    Reference: Wu and He, Group Normalization, 2018, https://arxiv.org/abs/1803.08494
+
+    Example:
+
+    >>> import numpy as np
+    >>> from normwise import ops
+    >>> x = np.arange(16, dtype="float32").reshape(1, 4, 4)
+    >>> y = np.asarray(ops.group_norm(x, groups=2))
+    >>> y[0, :, :2].mean().round(3) == y[0, :, 2:].mean().round(3) == 0
+    np.True_
+    """
+    options = {"groups": groups, "axis": axis, "epsilon": epsilon, "activation": activation}
+    return _call(GroupNorm, x, gamma, beta, mask, **options, dtype=dtype)
+
+
+def instance_norm(
+    x, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, activation=None, mask=None, dtype=None
+):
+    """Instance norm: normalize each channel of each sample over its positions.
+
+        y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
+
+    with the mean and the variance of one sample's elements in one channel.
+
+    Args:
+        x: tensor (batch, ..., channels, ...) of any real dtype.
+        gamma, beta: tensors (channels,) or None.
+        axis: the channel axis, any but the batch.
+        epsilon, activation, mask, dtype: see the module.
+
+    Returns:
+        A tensor of the shape of x.
+
+    Raises:
+        ValueError: the channels are unknown, the axis is the batch or out of range, or the shape of
+            gamma, beta or mask does not fit.
+        TypeError: x is complex, or axis is no int.
+
+    Numerics: the error of y stays below a small multiple of eps * (1 + |mean| / std).
+
+    Reference: Ulyanov et al., Instance Normalization, 2016, https://arxiv.org/abs/1607.08022
+
+    Example:
+
+    >>> import numpy as np
+    >>> from normwise import ops
+    >>> y = ops.instance_norm(np.array([[[1.0, 5.0], [3.0, 5.0]]]), epsilon=0.0)
+    >>> np.asarray(y).tolist()
+    [[[-1.0, 0.0], [1.0, 0.0]]]
+    """
+    options = {"axis": axis, "epsilon": epsilon, "activation": activation}
+    return _call(InstanceNorm, x, gamma, beta, mask, **options, dtype=dtype)
+
+
+def layer_norm(
+    x, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, activation=None, mask=None, dtype=None
+):
+    """Layer norm: normalize over the axes named, every other position by itself.
+
+        y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
+
+    with the mean and the variance over `axis`. For all activations of a sample name every axis but
+    the batch, as in `axis=[1, 2, 3]`.
+
+    Args:
+        x: tensor of any real dtype.
+        gamma, beta: tensors of the shape of x's normalized axes in ascending order, or None.
+        axis: an int, or a list of axes in any order.
+        epsilon, activation, mask, dtype: see the module.
+
+    Returns:
+        A tensor of the shape of x.
+
+    Raises:
+        ValueError: an axis is out of range or named twice, or the shape of gamma, beta or mask does
+            not fit.
+        TypeError: x is complex, or axis is neither an int nor a list of ints.
+
+    Numerics: the error of y stays below a small multiple of eps * (1 + |mean| / std).
+
+    Reference: Ba et al., Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
+
+    Example:
+
+    >>> import numpy as np
+    >>> from normwise import ops
+    >>> np.asarray(ops.layer_norm(np.array([[1.0, 3.0], [6.0, 6.0]]), epsilon=0.0)).tolist()
+    [[-1.0, 1.0], [0.0, 0.0]]
+    """
+    options = {"axis": axis, "epsilon": epsilon, "activation": activation}
+    return _call(LayerNorm, x, gamma, beta, mask, **options, dtype=dtype)
+
+
+def rms_norm(
+    x, gamma=None, beta=None, *, axis=-1, epsilon=1e-6, activation=None, mask=None, dtype=None
+):
+    """RMS norm: divide by the root mean square over the axes named; no mean is subtracted.
+
+        y = activation(gamma * x / sqrt(mean(x^2) + epsilon) + beta)
+
+    Args:
+        x: tensor of any real dtype.
+        gamma, beta: tensors of the shape of x's normalized axes in ascending order, or None.
+        axis: an int, or a list of axes in any order.
+        epsilon, activation, mask, dtype: see the module.
+
+    Returns:
+        A tensor of the shape of x.
+
+    Raises:
+        ValueError: an axis is out of range or named twice, or the shape of gamma, beta or mask does
+            not fit.
+        TypeError: x is complex, or axis is neither an int nor a list of ints.
+
+    Numerics: the error of y stays below a small multiple of eps.
+
+    Reference: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019,
+        https://arxiv.org/abs/1910.07467
+
+    Example:
+
+    >>> import numpy as np
+    >>> from normwise import ops
+    >>> np.asarray(ops.rms_norm(np.array([[3.0, -3.0], [0.0, 0.0]]))).round(3).tolist()
+    [[1.0, -1.0], [0.0, 0.0]]
+    """
+    options = {"axis": axis, "epsilon": epsilon, "activation": activation}
+    return _call(RMSNorm, x, gamma, beta, mask, **options, dtype=dtype)
+
+
+def check_epsilon(epsilon) -> float:
+    """Return `epsilon` as a float if it can be added to a variance."""
+    remedy = "expected a number >= 0, as in epsilon=1e-3"
+    if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real):
+        raise TypeError(f"epsilon={epsilon!r} is no number; {remedy}")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon={epsilon} cannot be added to a variance; {remedy}")
+    return float(epsilon)
+
+
+def _call(operation, x, gamma, beta, mask, **options):
+    if any(isinstance(tensor, keras.KerasTensor) for tensor in (x, gamma, beta, mask)):
+        return operation(**options)(x, gamma, beta, mask)
+    return operation.compute(x, gamma, beta, mask, **options)
+
+
+class _Norm(keras.Operation):
+    """A norm as a node of a functional model: the options of its function, kept for saving."""
+
+    centred = True
+    geometry = staticmethod(geometry.layer)
+
+    def __init__(self, *, name=None, **options):
+        super().__init__(name=name)
+        options["activation"] = keras.activations.get(options["activation"])
+        self.options = options
+
+    def call(self, x, gamma=None, beta=None, mask=None):
+        return self.compute(x, gamma, beta, mask, **self.options)
+
+    def compute_output_spec(self, x, gamma=None, beta=None, mask=None):
+        options = dict(self.options)
+        check_epsilon(options.pop("epsilon"))
+        dtype, _ = _result_and_arithmetic_dtype(x, options.pop("dtype"))
+        del options["activation"]
+        _check_shapes(self.geometry(x.shape, **options), gamma, beta, mask)
+        return keras.KerasTensor(x.shape, dtype=dtype)
+
+    def get_config(self):
+        activation = keras.activations.serialize(self.options["activation"])
+        return {"name": self.name, **self.options, "activation": activation}
+
+    @classmethod
+    def compute(cls, x, gamma, beta, mask, *, epsilon, activation, dtype, **where):
+        """Check the arguments, choose a kernel for their geometry and run it."""
+        epsilon = check_epsilon(epsilon)
+        x = keras.ops.convert_to_tensor(x)
+        dtype, arithmetic = _result_and_arithmetic_dtype(x, dtype)
+        plan = cls.geometry(x.shape, **where)
+        _check_shapes(plan, gamma, beta, mask)
+        gamma, beta = (
+            p if p is None else keras.ops.convert_to_tensor(p, dtype=arithmetic)
+            for p in (gamma, beta)
+        )
+        options = {"epsilon": epsilon, "centred": cls.centred}
+        if mask is not None:
+            mask = keras.ops.cast(mask, "bool")
+            trailing = (1,) * (len(x.shape) - len(mask.shape))
+            options["mask"] = keras.ops.reshape(mask, keras.ops.shape(mask) + trailing)
+        choice = dispatch.choose(
+            plan, backend=keras.backend.backend(), epsilon=epsilon, masked=mask is not None
+        )
+        x = keras.ops.cast(x, arithmetic)
+        y = KERNELS[choice.kernel].normalize(x, gamma, beta, plan, **options)
+        y = keras.ops.cast(y, dtype)
+        activation = keras.activations.get(activation)
+        return y if activation is None else activation(y)
+
+
+@keras.saving.register_keras_serializable("normwise")
+class GroupNorm(_Norm):
+    """`group_norm` as a node of a functional model."""
+
+    geometry = staticmethod(geometry.group)
+
+
+@keras.saving.register_keras_serializable("normwise")
+class InstanceNorm(_Norm):
+    """`instance_norm` as a node of a functional model."""
+
+    @staticmethod
+    def geometry(shape, axis):
+        """The geometry of group norm with a group per channel."""
+        return geometry.group(shape, axis, geometry.INSTANCE)
+
+
+@keras.saving.register_keras_serializable("normwise")
+class LayerNorm(_Norm):
+    """`layer_norm` as a node of a functional model."""
+
+
+@keras.saving.register_keras_serializable("normwise")
+class RMSNorm(_Norm):
+    """`rms_norm` as a node of a functional model."""
+
+    centred = False
+
+
+def _result_and_arithmetic_dtype(x, dtype) -> tuple[str, str]:
+    """The dtype of the result, and the one to calculate in."""
+    given = keras.backend.standardize_dtype(x.dtype)
+    if "complex" in given:
+        raise TypeError(
+            f"x has dtype {given}, and no norm is defined on complex numbers; normalize its real "
+            "and imaginary parts, or its modulus"
+        )
+    if dtype is None:
+        dtype = given if "float" in given else keras.config.floatx()
+    dtype = keras.backend.standardize_dtype(dtype)
+    if "float" not in dtype:
+        raise ValueError(
+            f"dtype={dtype} cannot hold a normalized value; use a float dtype, as dtype='float32'"
+        )
+    return dtype, "float64" if "float64" in (given, dtype) else "float32"
+
+
+def _check_shapes(plan: geometry.Geometry, gamma, beta, mask):
+    for name, parameter in (("gamma", gamma), ("beta", beta)):
+        shape = None if parameter is None else tuple(keras.ops.shape(parameter))
+        if shape is not None and not _fits(shape, plan.parameter_shape):
+            raise ValueError(
+                f"{name} has shape {shape}, but axis {list(plan.parameter_axes)} of shape "
+                f"{plan.shape} needs {plan.parameter_shape}"
+            )
+    if mask is None:
+        return
+    shape = tuple(keras.ops.shape(mask))
+    leading = tuple(
+        1 if isinstance(extent, int) and extent == 1 else full
+        for extent, full in zip(shape, plan.shape, strict=False)
+    )
+    if not 0 < len(shape) <= len(plan.shape) or not _fits(shape, leading):
+        raise ValueError(
+            f"mask has shape {shape}, which does not fit x of shape {plan.shape}; pass the shape "
+            "of x or of its first axes, an extent of 1 standing for all"
+        )
+
+
+def _fits(shape, expected) -> bool:
+    """Whether two shapes are equal as far as their extents are known."""
+    return len(shape) == len(expected) and all(
+        e == s for s, e in zip(shape, expected, strict=True) if isinstance(s, int) and e is not None
+    )
