@@ -1,0 +1,120 @@
+"""What tests need of a framework and Keras does not wrap: gradients, compilation, float64."""
+
+import contextlib
+
+import keras
+import numpy as np
+
+BACKEND = keras.backend.backend()
+
+
+def to_numpy(tensor):
+    """A tensor of any dtype as a NumPy array; bfloat16, which NumPy lacks, as float32."""
+    if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":
+        tensor = keras.ops.cast(tensor, "float32")
+    return keras.ops.convert_to_numpy(tensor)
+
+
+def gradients(function, arrays, cotangent):
+    """y = function(*arrays) and the gradients of sum(y * cotangent) by every array."""
+    y, pull = _pullback(function, [keras.ops.convert_to_tensor(a) for a in arrays])
+    cotangent = keras.ops.cast(keras.ops.convert_to_tensor(cotangent), y.dtype)
+    return to_numpy(y), [to_numpy(g) for g in pull(cotangent)]
+
+
+def second_gradients(function, arrays, cotangent, direction):
+    """The gradients by every array of sum(dx * direction), dx being the gradient by the first."""
+    tensors = [keras.ops.convert_to_tensor(a) for a in arrays]
+    cotangent, direction = map(keras.ops.convert_to_tensor, (cotangent, direction))
+    if BACKEND == "jax":
+        import jax
+
+        def slope(*tensors):
+            _, pull = jax.vjp(function, *tensors)
+            return (pull(cotangent)[0] * direction).sum()
+
+        found = jax.grad(slope, argnums=tuple(range(len(tensors))))(*tensors)
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as outer:
+            outer.watch(tensors)
+            with tf.GradientTape() as inner:
+                inner.watch(tensors[0])
+                y = function(*tensors)
+            dx = inner.gradient(y, tensors[0], output_gradients=cotangent)
+            slope = tf.reduce_sum(dx * direction)
+        found = outer.gradient(slope, tensors, unconnected_gradients="zero")
+    else:
+        import torch
+
+        tensors = [t.detach().requires_grad_() for t in tensors]
+        y = function(*tensors)
+        (dx,) = torch.autograd.grad(y, tensors[0], cotangent, create_graph=True)
+        found = torch.autograd.grad(
+            (dx * direction).sum(), tensors, allow_unused=True, materialize_grads=True
+        )
+    return [to_numpy(g) for g in found]
+
+
+def _pullback(function, tensors):
+    """y = function(*tensors), and the function from a cotangent of y to the gradients."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.vjp(function, *tensors)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            y = function(*tensors)
+        return y, lambda cotangent: tape.gradient(
+            y, tensors, output_gradients=cotangent, unconnected_gradients="zero"
+        )
+    import torch
+
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    y = function(*tensors)
+    return y.detach(), lambda cotangent: torch.autograd.grad(
+        y, tensors, cotangent, allow_unused=True, materialize_grads=True
+    )
+
+
+def compiled(function):
+    """The function as the framework compiles it: jax.jit, tf.function, torch eager."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(function)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, autograph=False)
+    return function
+
+
+def float64_enabled():
+    """A context in which float64 exists: JAX leaves it off by default."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.enable_x64(True)
+    return contextlib.nullcontext()
+
+
+def assert_within(found, expected, tolerance, what=""):
+    """Assert |found - expected| <= tolerance everywhere; NaN is never within."""
+    found = np.asarray(found, np.float64)
+    assert found.shape == np.shape(expected), f"{what}: {found.shape} != {np.shape(expected)}"
+    error = np.abs(found - expected)
+    outside = ~(error <= tolerance)
+    if outside.any():
+        worst = np.unravel_index(
+            np.argmax(np.where(outside, np.nan_to_num(error, nan=np.inf), 0)), error.shape
+        )
+        raise AssertionError(
+            f"{what}: {outside.sum()} of {error.size} elements are off; at {worst} found "
+            f"{found[worst]}, expected {np.broadcast_to(expected, error.shape)[worst]} within "
+            f"{np.broadcast_to(tolerance, error.shape)[worst]}"
+        )

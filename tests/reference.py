@@ -1,0 +1,129 @@
+"""The norms in float64 NumPy, forward and backward, written from the formulas.
+
+No code is shared with the package.
+Whether a number is right is decided here, and nowhere else. A norm is told by a label for every
+element: equal labels share their statistics.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+def group_labels(shape, axis, groups):
+    """Labels of group norm: one per sample and group of neighbouring channels."""
+    index = np.indices(shape)
+    members = shape[axis] // groups
+    return _numbered(np.stack([index[0], index[axis] // members]))
+
+
+def layer_labels(shape, axes):
+    """Labels of layer norm and RMS norm: one per position outside the normalized axes."""
+    axes = {axis % len(shape) for axis in axes}
+    index = np.indices(shape)
+    kept = [index[axis] for axis in range(len(shape)) if axis not in axes]
+    return _numbered(np.stack([*kept, np.zeros_like(index[0])]))
+
+
+def _numbered(keys):
+    flat = keys.reshape(len(keys), -1)
+    if not flat.size:
+        return np.zeros(keys.shape[1:], int)
+    _, labels = np.unique(flat, axis=1, return_inverse=True)
+    return labels.reshape(keys.shape[1:])
+
+
+@dataclasses.dataclass
+class Norm:
+    """y = gamma * (x - mean) / sqrt(var + epsilon) + beta, and what its gradients need.
+
+    Not centred, the mean is 0 and var is the mean square. `keep` marks the elements that count for
+    the statistics; a set without any has mean 0 and variance 1.
+    """
+
+    x: np.ndarray
+    gamma: np.ndarray | None
+    beta: np.ndarray | None
+    labels: np.ndarray
+    parameter_axes: tuple[int, ...]
+    epsilon: float = 1e-3
+    centred: bool = True
+    keep: np.ndarray | None = None
+
+    def __post_init__(self):
+        self.x = np.asarray(self.x, np.float64)
+        self.parameter_axes = tuple(sorted(a % self.x.ndim for a in self.parameter_axes))
+        keep = np.ones(self.x.shape) if self.keep is None else np.asarray(self.keep, np.float64)
+        self.keep = np.broadcast_to(keep, self.x.shape)
+        kept = self.sums(self.keep)
+        some, self.count = kept > 0, np.maximum(kept, 1)
+        self.some = some
+        values = np.where(self.keep > 0, self.x, 0)
+        mean = np.where(some & self.centred, self.sums(values) / self.count, 0)
+        deviation = self.x - mean
+        squares = np.where(self.keep > 0, deviation, 0) ** 2
+        self.mean = mean
+        self.variance = np.where(some, self.sums(squares) / self.count, 1)
+        root = np.sqrt(self.variance + self.epsilon)
+        # (equal elements at epsilon 0) deviate by 0 and stay 0.
+        self.inv_std = np.divide(1, root, out=np.zeros_like(root), where=root != 0)
+        self.normalized = deviation * self.inv_std
+        self.scale = 1.0 if self.gamma is None else self.spread(self.gamma)
+        self.shift = 0.0 if self.beta is None else self.spread(self.beta)
+        self.y = self.normalized * self.scale + self.shift
+
+    def sums(self, values):
+        """The sum over each element's set, at that element."""
+        if not values.size:
+            return np.zeros(values.shape)
+        totals = np.bincount(self.labels.ravel(), weights=np.ravel(values))
+        return totals[self.labels]
+
+    def spread(self, parameter):
+        """A parameter in a shape that broadcasts against x."""
+        shape = [n if a in self.parameter_axes else 1 for a, n in enumerate(self.x.shape)]
+        return np.reshape(np.asarray(parameter, np.float64), shape)
+
+    def gather(self, values):
+        """The sum of what each element of a parameter receives, in the parameter's shape."""
+        others = tuple(a for a in range(self.x.ndim) if a not in self.parameter_axes)
+        return np.sum(values, axis=others)
+
+    def gradients(self, dy):
+        """The gradients of sum(y * dy) by x, gamma and beta.
+
+        With h = dy * gamma, n kept elements in the set, k = 1 where an element is kept, else 0:
+
+            dx = inv_std * (h - k/n * sum(h) - k/n * normalized * sum(h * normalized))
+
+        where the first sum is the mean's part and the second the variance's.
+        """
+        dy = np.asarray(dy, np.float64)
+        h = dy * self.scale
+        share = np.where(self.some, self.keep / self.count, 0)
+        dx = h - share * self.normalized * self.sums(h * self.normalized)
+        if self.centred:
+            dx = dx - share * self.sums(h)
+        return dx * self.inv_std, self.gather(dy * self.normalized), self.gather(dy)
+
+    # Tolerances. One rounding of an operand as large as the mean moves y by eps * |mean| / std; all
+    # else is a few roundings of terms as large as those listed. `units` counts the roundings.
+
+    def ratio(self):
+        """1 + |mean| / std of each element's set: the condition of y."""
+        return 1 + np.abs(self.mean) * self.inv_std
+
+    def y_tolerance(self, eps, units=16):
+        """How far a right y may be off in arithmetic of precision `eps`."""
+        terms = np.abs(self.scale) * (self.ratio() + np.abs(self.normalized)) + np.abs(self.shift)
+        return units * eps * np.broadcast_to(terms, self.x.shape)
+
+    def gradient_tolerances(self, dy, eps, units=32):
+        """The same for the gradients; sums of many terms may lose eps * sqrt(terms)."""
+        h = np.abs(np.asarray(dy, np.float64) * self.scale)
+        size = np.abs(self.normalized)
+        per_set = np.sqrt(self.count) * units * eps
+        terms = h + (self.sums(h) + size * self.sums(h * size)) / self.count
+        dx = per_set * self.ratio() * self.inv_std * terms
+        weight = units * eps * self.ratio() * np.abs(np.asarray(dy, np.float64))
+        return dx, self.gather(weight * (1 + size)), self.gather(weight)
