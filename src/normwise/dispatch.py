@@ -30,10 +30,14 @@ def choose(geometry: Geometry, *, backend: str, epsilon: float, masked: bool) ->
     """
     if backend != "torch":
         return Choice("composite", f"{backend} has no kernel of its own for this norm")
-    if not geometry.trailing:
-        return Choice("composite", "torch fuses only sets that are whole trailing axes")
     if masked:
         return Choice("composite", "torch's fused norms take no mask")
-    if not epsilon > 0:
+    if epsilon == 0:
         return Choice("composite", "torch's fused norms give NaN for equal elements at epsilon 0")
-    return Choice("torch", "the sets are whole trailing axes, one fused call in torch")
+    if 0 in geometry.shape:
+        return Choice("composite", "torch's fused norms give NaN gradients for empty inputs")
+    if geometry.trailing:
+        return Choice("torch", "the sets are whole trailing axes, one fused call in torch")
+    if geometry.per == ("outer", "groups"):
+        return Choice("torch", "the sets are groups of channels, one fused call in torch")
+    return Choice("composite", "torch has no fused norm over these axes")

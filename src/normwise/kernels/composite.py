@@ -32,14 +32,14 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bo
     ever grows with the mean: see docs/numerics.md.
     """
     if mask is None:
-        count = _count(x, geometry)
+        count = set_size(x, geometry)
         deviation = x
         if centred:
             # In place on PyTorch, where the temporary is ours, a plain rebinding elsewhere: without
             # it forward takes 1.4 times as long at (8, 64, 64, 256), all of it page faults.
             deviation = x - ops.stop_gradient(_first(x, geometry))
-            deviation -= _total(deviation, geometry) / count
-        variance = _total(ops.square(deviation), geometry) / count
+            deviation -= total(deviation, geometry) / count
+        variance = total(ops.square(deviation), geometry) / count
     else:
         deviation, variance = _masked_moments(x, mask, geometry, centred=centred)
 
@@ -55,7 +55,7 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bo
 def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
     """The deviation of all of `x`, and the variance of the elements that `mask` keeps."""
     keep = ops.broadcast_to(mask, ops.shape(x))
-    count = _total(ops.cast(keep, x.dtype), geometry)
+    count = total(ops.cast(keep, x.dtype), geometry)
     some = count > 0
     count = ops.maximum(count, 1)
     deviation = x
@@ -63,10 +63,10 @@ def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
         # The shift is the largest element kept; without one it is 0, and so is the mean.
         largest = _over_sets(ops.where(keep, x, -float("inf")), geometry, _max)
         deviation = x - ops.stop_gradient(ops.where(some, largest, 0))
-        deviation = deviation - _total(ops.where(keep, deviation, 0), geometry) / count
+        deviation = deviation - total(ops.where(keep, deviation, 0), geometry) / count
     # Masked before it is squared: a NaN masked only after would reach the gradient as 0 * NaN.
     kept = ops.where(keep, deviation, 0)
-    variance = _total(ops.square(kept), geometry) / count
+    variance = total(ops.square(kept), geometry) / count
     return deviation, ops.where(some, variance, 1)
 
 
@@ -78,7 +78,7 @@ def _inverse_root(variance, epsilon: float):
     return ops.where(defined, ops.rsqrt(ops.where(defined, variance, 1)), 0)
 
 
-def _total(x, geometry: Geometry):
+def total(x, geometry: Geometry):
     """The sum over each set, in a shape that broadcasts against the input."""
     return _over_sets(x, geometry, ops.sum)
 
@@ -118,12 +118,12 @@ def _first(x, geometry: Geometry):
     return ops.repeat(x[tuple(index)], geometry.members, axis=channel)
 
 
-def _count(x, geometry: Geometry):
+def set_size(x, geometry: Geometry):
     """The number of elements in a set, at least 1: an empty set sums to 0, and has mean 0."""
     if geometry.set_size is not None:
         return max(geometry.set_size, 1)
     extents = ops.shape(x)
-    count = geometry.members if geometry.splits_channels else 1
+    size = geometry.members if geometry.splits_channels else 1
     for axis in geometry.set_axes:
-        count = count * extents[axis]
-    return ops.maximum(ops.cast(count, x.dtype), 1)
+        size = size * extents[axis]
+    return ops.maximum(ops.cast(size, x.dtype), 1)

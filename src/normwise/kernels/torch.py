@@ -1,14 +1,22 @@
-"""PyTorch's own fused norms, where they keep the numerics contract.
+"""PyTorch's own fused norms, called so that they keep the numerics contract.
 
-Its layer norm and RMS norm over trailing axes do: their moments are Welford's, exact for equal
-elements. Its group norm does not: channels last, it takes E[x^2] - E[x]^2 of the raw data.
+Layer norm, RMS norm and group norm over contiguous memory do as they are: their moments are
+Welford's, exact for equal elements. Channels last, torch's group norm takes E[x^2] - E[x]^2 of what
+it is given (at mean 1e4 no digit is left), so it is given x - mean.
 """
 
 from normwise.geometry import Geometry
+from normwise.kernels import composite
+
+# Channels last, torch's group norm works along the channels; with fewer than a few vectors of them
+# a copy to channels first is sooner done: 0.2 ms for 1.0 at (32, 26, 26, 10), 5 groups.
+_FEW_CHANNELS = 32
 
 
 def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bool):
-    """Normalize every set of `x`, the sets being its trailing axes; see composite.normalize."""
+    """Normalize every set of `x`; arguments and result are those of composite.normalize."""
+    if "groups" in geometry.per:
+        return _group_norm(x, gamma, beta, geometry, epsilon)
     from torch.nn import functional
 
     shape = geometry.parameter_shape
@@ -16,3 +24,16 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bo
         return functional.layer_norm(x, shape, gamma, beta, epsilon)
     y = functional.rms_norm(x, shape, gamma, epsilon)
     return y if beta is None else y + beta
+
+
+def _group_norm(x, gamma, beta, geometry: Geometry, epsilon: float):
+    import torch
+
+    (channel,) = geometry.parameter_axes
+    if channel == x.ndim - 1 and x.shape[channel] >= _FEW_CHANNELS:
+        # Any shift leaves y as it is, so no gradient need pass through this one.
+        total = composite.total(x.detach(), geometry)
+        x = (x - total / composite.set_size(x, geometry)).movedim(channel, 1)
+    else:
+        x = x.movedim(channel, 1).contiguous()
+    return torch.group_norm(x, geometry.groups, gamma, beta, epsilon).movedim(1, channel)
