@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import numbers
 import operator
 from collections.abc import Iterable
 
@@ -258,7 +259,7 @@ def _layer(shape: Shape, axis: tuple[int, ...]) -> Geometry:
 
 def _as_shape(shape: Iterable[int | None]) -> Shape:
     """A shape of ints, None where the extent is a symbol that only the call will know."""
-    shape = tuple(extent if isinstance(extent, int) else None for extent in shape)
+    shape = tuple(int(e) if isinstance(e, numbers.Integral) else None for e in shape)
     if len(shape) < 2:
         raise ValueError(
             f"shape {shape} has rank {len(shape)}, but a norm needs a batch axis and at least one "
