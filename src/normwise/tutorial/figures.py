@@ -16,6 +16,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from normwise.geometry import Geometry
 
@@ -145,6 +146,8 @@ def learning_curves(runs) -> Figure:
         axes.grid(color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_ylim(bottom=0, top=None if quantity == "loss" else 1)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(PALE_INK)
@@ -195,6 +198,7 @@ class _Block:
             named = ", ".join(
                 f"{name} = {extent}"
                 for name, extent in zip(("N", "C", self.spatial_name), self.extents, strict=True)
+                if name
             )
             raise ValueError(
                 f"shape {shape} folds into a block of {named}, and more than {MAX_CELLS} cells "
