@@ -239,16 +239,17 @@ class _Norm(keras.Operation):
         x = keras.ops.convert_to_tensor(x)
         dtype, arithmetic = _result_and_arithmetic_dtype(x, dtype)
         plan = cls.geometry(x.shape, **where)
-        _check_shapes(plan, gamma, beta, mask)
         gamma, beta = (
             p if p is None else keras.ops.convert_to_tensor(p, dtype=arithmetic)
             for p in (gamma, beta)
         )
+        mask = mask if mask is None else keras.ops.convert_to_tensor(mask)
+        _check_shapes(plan, gamma, beta, mask)
         options = {"epsilon": epsilon, "centred": cls.centred}
         if mask is not None:
-            mask = keras.ops.cast(mask, "bool")
             trailing = (1,) * (len(x.shape) - len(mask.shape))
-            options["mask"] = keras.ops.reshape(mask, keras.ops.shape(mask) + trailing)
+            mask = keras.ops.reshape(mask, keras.ops.shape(mask) + trailing)
+            options["mask"] = keras.ops.cast(mask, "bool")
         choice = dispatch.choose(
             plan, backend=keras.backend.backend(), epsilon=epsilon, masked=mask is not None
         )

@@ -23,6 +23,7 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bo
         centred: whether the mean is subtracted.
         mask: None, or a bool tensor of the rank of x that broadcasts to it; False leaves the
             element out of the statistics. A set with no element left has mean 0 and variance 1.
+            A NaN or an infinity that is masked is read as 0.
 
     Returns:
         A tensor of the shape and dtype of x.
@@ -45,16 +46,18 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bo
 
     scale = _inverse_root(variance, epsilon)
     if gamma is not None:
-        scale = scale * ops.reshape(gamma, geometry.broadcast_shape)
+        scale = scale * _spread(gamma, geometry)
     y = deviation * scale
     if beta is not None:
-        y += ops.reshape(beta, geometry.broadcast_shape)
+        y = y + _spread(beta, geometry)
     return y
 
 
 def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
     """The deviation of all of `x`, and the variance of the elements that `mask` keeps."""
     keep = ops.broadcast_to(mask, ops.shape(x))
+    # Else a masked NaN would reach every gradient of its set as 0 * NaN.
+    x = ops.where(ops.logical_or(keep, ops.isfinite(x)), x, 0)
     count = total(ops.cast(keep, x.dtype), geometry)
     some = count > 0
     count = ops.maximum(count, 1)
@@ -64,10 +67,19 @@ def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
         largest = _over_sets(ops.where(keep, x, -float("inf")), geometry, _max)
         deviation = x - ops.stop_gradient(ops.where(some, largest, 0))
         deviation = deviation - total(ops.where(keep, deviation, 0), geometry) / count
-    # Masked before it is squared: a NaN masked only after would reach the gradient as 0 * NaN.
+    # Masked before it is squared: a square that overflows would reach the gradient as 0 * inf.
     kept = ops.where(keep, deviation, 0)
     variance = total(ops.square(kept), geometry) / count
     return deviation, ops.where(some, variance, 1)
+
+
+def _spread(parameter, geometry: Geometry):
+    """Gamma or beta, whose extents are known where x's may not be, to broadcast against x."""
+    extents = iter(ops.shape(parameter))
+    axes = range(len(geometry.shape))
+    return ops.reshape(
+        parameter, [next(extents) if axis in geometry.parameter_axes else 1 for axis in axes]
+    )
 
 
 def _inverse_root(variance, epsilon: float):

@@ -29,6 +29,9 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bo
 def _group_norm(x, gamma, beta, geometry: Geometry, epsilon: float):
     import torch
 
+    if gamma is None and beta is not None:
+        # torch 2.13's backward of beta alone fails: "tensor does not have a device".
+        gamma = torch.ones_like(beta)
     (channel,) = geometry.parameter_axes
     if channel == x.ndim - 1 and x.shape[channel] >= _FEW_CHANNELS:
         # Any shift leaves y as it is, so no gradient need pass through this one.

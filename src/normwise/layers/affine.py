@@ -54,11 +54,13 @@ class Affine(keras.Layer):
         """Create gamma and beta for inputs of this shape."""
         plan = self.geometry(input_shape)
         shape = plan.parameter_shape
-        if None in shape and (self.scale or self.center):
+        made = {"gamma": ("scale", self.scale), "beta": ("center", self.center)}
+        wanted = {name: option for name, (option, given) in made.items() if given}
+        if None in shape and wanted:
             raise ValueError(
                 f"axis={self.axis} of shape {tuple(input_shape)} has an unknown extent, so the "
-                "shape of gamma and beta is unknown; give it a fixed extent, or set scale=False "
-                "and center=False"
+                f"shape of {' and '.join(wanted)} is unknown; give it a fixed extent, or set "
+                f"{' and '.join(f'{option}=False' for option in wanted.values())}"
             )
         if self.scale:
             self.gamma = self._add_parameter("gamma", shape)
