@@ -17,9 +17,50 @@ def to_numpy(tensor):
 
 def gradients(function, arrays, cotangent):
     """y = function(*arrays) and the gradients of sum(y * cotangent) by every array."""
-    y, pull = _pullback(function, [keras.ops.convert_to_tensor(a) for a in arrays])
-    cotangent = keras.ops.cast(keras.ops.convert_to_tensor(cotangent), y.dtype)
-    return to_numpy(y), [to_numpy(g) for g in pull(cotangent)]
+    tensors = [keras.ops.convert_to_tensor(a) for a in arrays]
+    cotangent = keras.ops.convert_to_tensor(cotangent)
+    y, found = _backends[BACKEND](function, tensors, cotangent)
+    return to_numpy(y), [to_numpy(g) for g in found]
+
+
+def _jax_gradients(function, tensors, cotangent):
+    import jax
+
+    # Compiled as one: a compilation for every operation and shape takes many times as long.
+    @jax.jit
+    def both(tensors, cotangent):
+        y, pull = jax.vjp(function, *tensors)
+        return y, pull(cotangent.astype(y.dtype))
+
+    return both(tensors, cotangent)
+
+
+def _tensorflow_gradients(function, tensors, cotangent):
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        y = function(*tensors)
+    cotangent = tf.cast(cotangent, y.dtype)
+    return y, tape.gradient(y, tensors, output_gradients=cotangent, unconnected_gradients="zero")
+
+
+def _torch_gradients(function, tensors, cotangent):
+    import torch
+
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    y = function(*tensors)
+    cotangent = cotangent.to(y.dtype)
+    return y.detach(), torch.autograd.grad(
+        y, tensors, cotangent, allow_unused=True, materialize_grads=True
+    )
+
+
+_backends = {
+    "jax": _jax_gradients,
+    "tensorflow": _tensorflow_gradients,
+    "torch": _torch_gradients,
+}
 
 
 def second_gradients(function, arrays, cotangent, direction):
@@ -29,11 +70,15 @@ def second_gradients(function, arrays, cotangent, direction):
     if BACKEND == "jax":
         import jax
 
-        def slope(*tensors):
-            _, pull = jax.vjp(function, *tensors)
-            return (pull(cotangent)[0] * direction).sum()
+        @jax.jit
+        def found_by_jax(tensors):
+            def slope(*tensors):
+                _, pull = jax.vjp(function, *tensors)
+                return (pull(cotangent)[0] * direction).sum()
 
-        found = jax.grad(slope, argnums=tuple(range(len(tensors))))(*tensors)
+            return jax.grad(slope, argnums=tuple(range(len(tensors))))(*tensors)
+
+        found = found_by_jax(tensors)
     elif BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -55,30 +100,6 @@ def second_gradients(function, arrays, cotangent, direction):
             (dx * direction).sum(), tensors, allow_unused=True, materialize_grads=True
         )
     return [to_numpy(g) for g in found]
-
-
-def _pullback(function, tensors):
-    """y = function(*tensors), and the function from a cotangent of y to the gradients."""
-    if BACKEND == "jax":
-        import jax
-
-        return jax.vjp(function, *tensors)
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape() as tape:
-            tape.watch(tensors)
-            y = function(*tensors)
-        return y, lambda cotangent: tape.gradient(
-            y, tensors, output_gradients=cotangent, unconnected_gradients="zero"
-        )
-    import torch
-
-    tensors = [t.detach().requires_grad_() for t in tensors]
-    y = function(*tensors)
-    return y.detach(), lambda cotangent: torch.autograd.grad(
-        y, tensors, cotangent, allow_unused=True, materialize_grads=True
-    )
 
 
 def compiled(function):

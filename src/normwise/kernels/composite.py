@@ -63,9 +63,10 @@ def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
     count = ops.maximum(count, 1)
     deviation = x
     if centred:
-        # The shift is the largest element kept; without one it is 0, and so is the mean.
-        largest = _over_sets(ops.where(keep, x, -float("inf")), geometry, _max)
-        deviation = x - ops.stop_gradient(ops.where(some, largest, 0))
+        # The first element may be masked, so the shift is the mean: rounded as it is, and without
+        # an element kept 0. The mean of what it leaves is subtracted too.
+        mean = ops.stop_gradient(total(ops.where(keep, x, 0), geometry) / count)
+        deviation = x - mean
         deviation = deviation - total(ops.where(keep, deviation, 0), geometry) / count
     # Masked before it is squared: a square that overflows would reach the gradient as 0 * inf.
     kept = ops.where(keep, deviation, 0)
@@ -91,31 +92,21 @@ def _inverse_root(variance, epsilon: float):
 
 
 def total(x, geometry: Geometry):
-    """The sum over each set, in a shape that broadcasts against the input."""
-    return _over_sets(x, geometry, ops.sum)
-
-
-def _over_sets(x, geometry: Geometry, function):
-    """Reduce each set with `function`; the result broadcasts against the input.
+    """The sum over each set, in a shape that broadcasts against the input.
 
     Where a set takes some of the channels, the other axes go first and the members of a group
-    after: two cheap reductions, where one over both would walk memory in steps of a few elements
-    (as Keras does, 1.3 to 4 times slower on all three backends).
+    after: two cheap sums, where one over both would walk memory in steps of a few elements (as
+    Keras does, 1.3 to 4 times slower on all three backends).
     """
     if geometry.set_axes:
-        x = function(x, axis=geometry.set_axes, keepdims=True)
+        x = ops.sum(x, axis=geometry.set_axes, keepdims=True)
     if not geometry.splits_channels:
         return x
     (channel,) = geometry.parameter_axes
     extents = [-1 if extent is None else extent for extent in x.shape]
     extents[channel : channel + 1] = [geometry.groups, geometry.members]
-    x = function(ops.reshape(x, extents), axis=channel + 1)
+    x = ops.sum(ops.reshape(x, extents), axis=channel + 1)
     return ops.repeat(x, geometry.members, axis=channel)
-
-
-def _max(x, axis, keepdims=False):
-    # `initial` lets an empty axis be reduced too; NaN wins over it, as over all.
-    return ops.max(x, axis=axis, keepdims=keepdims, initial=-float("inf"))
 
 
 def _first(x, geometry: Geometry):

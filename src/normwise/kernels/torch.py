@@ -1,8 +1,8 @@
 """PyTorch's own fused norms, called so that they keep the numerics contract.
 
-Layer norm, RMS norm and group norm over contiguous memory do as they are: their moments are
-Welford's, exact for equal elements. Channels last, torch's group norm takes E[x^2] - E[x]^2 of what
-it is given (at mean 1e4 no digit is left), so it is given x - mean.
+Layer norm and RMS norm do as they are: (x - mean) * inv_std, with Welford's moments. Group norm
+calculates x * scale + shift, where at mean 1e4 beta loses half its digits, and channels last takes
+E[x^2] - E[x]^2, where none is left; so it is given x - mean.
 """
 
 from normwise.geometry import Geometry
@@ -33,10 +33,9 @@ def _group_norm(x, gamma, beta, geometry: Geometry, epsilon: float):
         # torch 2.13's backward of beta alone fails: "tensor does not have a device".
         gamma = torch.ones_like(beta)
     (channel,) = geometry.parameter_axes
-    if channel == x.ndim - 1 and x.shape[channel] >= _FEW_CHANNELS:
-        # Any shift leaves y as it is, so no gradient need pass through this one.
-        total = composite.total(x.detach(), geometry)
-        x = (x - total / composite.set_size(x, geometry)).movedim(channel, 1)
-    else:
-        x = x.movedim(channel, 1).contiguous()
-    return torch.group_norm(x, geometry.groups, gamma, beta, epsilon).movedim(1, channel)
+    # Any shift leaves y as it is, so no gradient need pass through this one.
+    mean = composite.total(x.detach(), geometry) / composite.set_size(x, geometry)
+    deviation = (x - mean).movedim(channel, 1)
+    if deviation.shape[1] < _FEW_CHANNELS:
+        deviation = deviation.contiguous()
+    return torch.group_norm(deviation, geometry.groups, gamma, beta, epsilon).movedim(1, channel)

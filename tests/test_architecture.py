@@ -1,0 +1,80 @@
+"""The floors of the house: imports point down only, and only the kernels may name a framework."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import keras
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "src" / "normwise"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch", "tensorflow_addons"}
+
+# From the ground up; a floor may use those before it. The package itself only puts doors on them.
+FLOORS = ["geometry", "kernels", "dispatch", "ops", "layers", "tutorial", "cli"]
+
+
+def imports(path):
+    """Every module that a file imports, anywhere in it, by its full name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name(path):
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_imports_point_down(path):
+    floor = floor_of(path)
+    if floor == "__init__":
+        return
+    below = set(FLOORS[: FLOORS.index(floor) + 1])
+    if floor == "geometry":
+        below = set()
+    for imported in imports(path):
+        package, _, rest = imported.partition(".")
+        # `from normwise import x` is listed as normwise and as normwise.x; the latter decides.
+        if package == "normwise" and rest and rest.partition(".")[0] in FLOORS:
+            assert rest.partition(".")[0] in below, f"{name(path)} may not import {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_only_kernels_name_a_framework(path):
+    if floor_of(path) != "kernels":
+        named = {imported.partition(".")[0] for imported in imports(path)}
+        assert not named & FRAMEWORKS
+
+
+def test_every_module_has_a_floor():
+    assert {floor_of(path) for path in MODULES} == {*FLOORS, "__init__"}
+
+
+def test_geometry_stands_alone():
+    named = {imported.partition(".")[0] for imported in imports(PACKAGE / "geometry.py")}
+    assert named <= set(sys.stdlib_module_names)
+
+
+def test_import_brings_no_other_framework_and_no_figures():
+    backend = keras.backend.backend()
+    # Keras's own import is the measure: what it brings with it is not for normwise to answer for.
+    program = (
+        "import sys, keras; before = set(sys.modules); import normwise;"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    run = [sys.executable, "-c", program]
+    brought = set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
+    forbidden = FRAMEWORKS - {backend} | {"matplotlib", "sklearn", "typer", "rich", "h5py"}
+    assert "normwise" in brought
+    assert not brought & forbidden
