@@ -200,6 +200,31 @@ def check_epsilon(epsilon) -> float:
     return float(epsilon)
 
 
+def check_dtype(x) -> str:
+    """Return the dtype of `x` if a norm is defined on its numbers."""
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if "complex" in dtype:
+        raise TypeError(
+            f"x has dtype {dtype}, and no norm is defined on complex numbers; normalize its real "
+            "and imaginary parts, or its modulus"
+        )
+    return dtype
+
+
+def check_mask(plan: geometry.Geometry, mask):
+    """Check that `mask` fits the input of a geometry."""
+    shape = tuple(keras.ops.shape(mask))
+    leading = tuple(
+        1 if isinstance(extent, int) and extent == 1 else full
+        for extent, full in zip(shape, plan.shape, strict=False)
+    )
+    if not 0 < len(shape) <= len(plan.shape) or not _fits(shape, leading):
+        raise ValueError(
+            f"mask has shape {shape}, which does not fit x of shape {plan.shape}; pass the shape "
+            "of x or of its first axes, an extent of 1 standing for all"
+        )
+
+
 def _call(operation, x, gamma, beta, mask, **options):
     if any(isinstance(tensor, keras.KerasTensor) for tensor in (x, gamma, beta, mask)):
         return operation(**options)(x, gamma, beta, mask)
@@ -291,12 +316,7 @@ class RMSNorm(_Norm):
 
 def _result_and_arithmetic_dtype(x, dtype) -> tuple[str, str]:
     """The dtype of the result, and the one to calculate in."""
-    given = keras.backend.standardize_dtype(x.dtype)
-    if "complex" in given:
-        raise TypeError(
-            f"x has dtype {given}, and no norm is defined on complex numbers; normalize its real "
-            "and imaginary parts, or its modulus"
-        )
+    given = check_dtype(x)
     if dtype is None:
         dtype = given if "float" in given else keras.config.floatx()
     dtype = keras.backend.standardize_dtype(dtype)
@@ -315,18 +335,8 @@ def _check_shapes(plan: geometry.Geometry, gamma, beta, mask):
                 f"{name} has shape {shape}, but axis {list(plan.parameter_axes)} of shape "
                 f"{plan.shape} needs {plan.parameter_shape}"
             )
-    if mask is None:
-        return
-    shape = tuple(keras.ops.shape(mask))
-    leading = tuple(
-        1 if isinstance(extent, int) and extent == 1 else full
-        for extent, full in zip(shape, plan.shape, strict=False)
-    )
-    if not 0 < len(shape) <= len(plan.shape) or not _fits(shape, leading):
-        raise ValueError(
-            f"mask has shape {shape}, which does not fit x of shape {plan.shape}; pass the shape "
-            "of x or of its first axes, an extent of 1 standing for all"
-        )
+    if mask is not None:
+        check_mask(plan, mask)
 
 
 def _fits(shape, expected) -> bool:

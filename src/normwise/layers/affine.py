@@ -82,6 +82,13 @@ class Affine(keras.Layer):
         self.geometry(input_shape)
         return tuple(input_shape)
 
+    def compute_output_spec(self, inputs, mask=None, **kwargs):
+        """A symbol of the result, with the errors that a call would raise."""
+        ops.check_dtype(inputs)
+        if mask is not None:
+            ops.check_mask(self.geometry(inputs.shape), mask)
+        return super().compute_output_spec(inputs, **kwargs)
+
     def get_config(self):
         """The arguments of the layer, whatever it was built on."""
         return {
