@@ -211,11 +211,10 @@ def test_every_text_is_inside_and_none_overlaps(name, draw):
     figure.draw(renderer)
     boxes = {text: text.get_window_extent(renderer) for text in texts_of(figure) if text.get_text()}
     assert len(boxes) >= 4
+    (legend,) = figure.legends
+    assert is_inside(figure, legend.get_window_extent(renderer))
     for text, box in boxes.items():
-        assert box.x0 >= 0, text
-        assert box.y0 >= 0, text
-        assert box.x1 <= figure.bbox.x1, text
-        assert box.y1 <= figure.bbox.y1, text
+        assert is_inside(figure, box), text
         # In a README of 800 pixels a letter still has about ten.
         assert text.get_fontsize() * (800 / 72) / max(figure.get_figwidth(), 8) >= 10, text
     for (text, box), (other, other_box) in itertools.combinations(boxes.items(), 2):
@@ -239,6 +238,11 @@ def texts_of(figure):
                     )
                     if low <= place <= high
                 )
+
+
+def is_inside(figure, box):
+    page = figure.bbox
+    return box.x0 >= 0 and box.y0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1
 
 
 def overlap(a, b):
