@@ -36,8 +36,8 @@ bench: $(VENV)/.dev
 
 # The pictures of README.md and docs/.
 figures: $(VENV)/.dev
-	$(BIN)/python benchmarks/accuracy.py --out docs
-	$(BIN)/python docs/shared_statistics.py
+	KERAS_BACKEND=jax $(BIN)/normwise tutorial --out docs/pictures
+	$(BIN)/python benchmarks/accuracy.py docs/pictures/accuracy.png
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)

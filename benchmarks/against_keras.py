@@ -54,8 +54,8 @@ def layers(norm, options):
     return getattr(keras.layers, name)(**options), getattr(normwise.layers, name)(**options)
 
 
-def check(layer, norm, shape, options):
-    """Hold the layer against the reference on data that any sound arithmetic gets right."""
+def check(layer, norm, shape, options, units):
+    """Hold the layer against the reference, its error at most `units` roundings."""
     rng = np.random.default_rng(0)
     shape = (2, *shape[1:])
     x, dy = (rng.normal(size=shape).astype("float32") for _ in range(2))
@@ -69,8 +69,8 @@ def check(layer, norm, shape, options):
     )
     y, (dx,) = frameworks.gradients(lambda x: layer(x), [x], dy)
     eps = 2.0**-24
-    frameworks.assert_within(y, expected.y, expected.y_tolerance(eps), f"{norm} y")
-    tolerance, _, _ = expected.gradient_tolerances(dy, eps)
+    frameworks.assert_within(y, expected.y, expected.y_tolerance(eps, units), f"{norm} y")
+    tolerance, _, _ = expected.gradient_tolerances(dy, eps, 2 * units)
     frameworks.assert_within(dx, expected.gradients(dy)[0], tolerance, f"{norm} dx")
 
 
@@ -142,9 +142,10 @@ def measure(norm, shape, options, seconds):
     rng = np.random.default_rng(0)
     x, dy = (keras.ops.convert_to_tensor(rng.normal(size=shape).astype("float32")) for _ in "xy")
     pair = layers(norm, options)
-    for layer in pair:
-        check(layer, norm, shape, options)
+    # Keras's own sums lose more digits than ours may: 17 roundings at 4,096 positions.
+    for layer, units in zip(pair, (256, 16), strict=True):
         layer(x)
+        check(layer, norm, shape, options, units)
     (keras_forward, keras_train), (forward, train) = (steps(layer, x, dy) for layer in pair)
     for what, functions in (
         ("forward", (keras_forward, forward)),

@@ -107,7 +107,8 @@ class Norm:
         return dx * self.inv_std, self.gather(dy * self.normalized), self.gather(dy)
 
     # Tolerances. One rounding of an operand as large as the mean moves y by eps * |mean| / std; all
-    # else is a few roundings of terms as large as those listed. `units` counts the roundings.
+    # else is a few roundings of terms as large as those listed. `units` counts the roundings. A sum
+    # of n terms, in whatever order a framework adds them, may lose sqrt(n) more: the variance does.
 
     def ratio(self):
         """1 + |mean| / std of each element's set: the condition of y."""
@@ -115,8 +116,9 @@ class Norm:
 
     def y_tolerance(self, eps, units=16):
         """How far a right y may be off in arithmetic of precision `eps`."""
-        terms = np.abs(self.scale) * (self.ratio() + np.abs(self.normalized)) + np.abs(self.shift)
-        return units * eps * np.broadcast_to(terms, self.x.shape)
+        size = np.abs(self.scale * self.normalized)
+        terms = np.abs(self.scale) * self.ratio() + size + np.abs(self.shift)
+        return eps * (units * terms + np.sqrt(self.count) * size)
 
     def gradient_tolerances(self, dy, eps, units=32):
         """The same for the gradients; sums of many terms may lose eps * sqrt(terms)."""

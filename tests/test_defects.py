@@ -91,6 +91,16 @@ def empty_extent(make):
     assert to_numpy(layer(values((2, 0, 4)))).shape == (2, 0, 4)
 
 
+def mask(make):
+    """Padding that a Masking layer has marked, but that still moves the statistics."""
+    x = values((2, 6, 4))
+    x[:, 4:] = 0
+    keep = np.broadcast_to(x.any(axis=-1, keepdims=True), x.shape)
+    right = expected(built(layers.GroupNormalization(groups=2), x), x, keep)
+    layer = make("GroupNormalization", groups=2)
+    assert_normalizes(keras.Sequential([keras.layers.Masking(), layer]), x, right)
+
+
 def built(layer, x):
     layer.build(x.shape)
     return layer
@@ -109,6 +119,7 @@ DEFECTS = {
     "a list axis for group norm": (list_axis, EVERYWHERE, "must be integers"),
     "the batch axis for group norm": (batch_axis, EVERYWHERE, "DID NOT RAISE"),
     "groups=-1 after build": (minus_one_groups, EVERYWHERE, OFF),
+    "a mask, group norm": (mask, EVERYWHERE, OFF),
     "an empty extent": (empty_extent, ("jax", "torch"), "by zero|0 elements"),
 }
 

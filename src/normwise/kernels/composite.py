@@ -45,12 +45,14 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bo
         deviation, variance = _masked_moments(x, mask, geometry, centred=centred)
 
     scale = _inverse_root(variance, epsilon)
-    if gamma is not None:
-        scale = scale * _spread(gamma, geometry)
-    y = deviation * scale
-    if beta is not None:
-        y = y + _spread(beta, geometry)
-    return y
+    if gamma is None:
+        y = deviation * scale
+    elif geometry.parameter_axes == geometry.set_axes:
+        # Gamma varies inside a set: scale * gamma would be as large as x, and its gradient too.
+        y = deviation * scale * _spread(gamma, geometry)
+    else:
+        y = deviation * (scale * _spread(gamma, geometry))
+    return y if beta is None else y + _spread(beta, geometry)
 
 
 def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
