@@ -108,7 +108,7 @@ class Norm:
 
     # Tolerances. One rounding of an operand as large as the mean moves y by eps * |mean| / std; all
     # else is a few roundings of terms as large as those listed. `units` counts the roundings. A sum
-    # of n terms, in whatever order a framework adds them, may lose sqrt(n) more: the variance does.
+    # of n terms, in whatever order a framework adds them, may lose sqrt(n) more: mean and variance.
 
     def ratio(self):
         """1 + |mean| / std of each element's set: the condition of y."""
@@ -116,7 +116,7 @@ class Norm:
 
     def y_tolerance(self, eps, units=16):
         """How far a right y may be off in arithmetic of precision `eps`."""
-        size = np.abs(self.scale * self.normalized)
+        size = np.abs(self.scale) * (1 + np.abs(self.normalized))
         terms = np.abs(self.scale) * self.ratio() + size + np.abs(self.shift)
         return eps * (units * terms + np.sqrt(self.count) * size)
 
