@@ -65,7 +65,6 @@ def test_signature_begins_as_that_of_keras(name):
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [
-        ((4, 6), -1),
         ((4, 6), [1]),
         ((2, 5, 6), 2),
         ((2, 6, 5), -2),

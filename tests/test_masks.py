@@ -54,10 +54,11 @@ def test_gradients_under_a_mask(norm):
 
 
 @every_norm
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
-def test_masked_values_reach_nothing_that_is_kept(norm, bad):
+def test_masked_values_reach_nothing_that_is_kept(norm):
     x = samples()
-    poisoned = np.where(KEEP[..., None], x, np.float32(bad))
+    poisoned = x.copy()
+    # One each for the four positions masked, in both samples an infinity.
+    poisoned[~KEEP] = np.float32([[np.nan], [np.inf], [1e30], [-np.inf]])
     clean = np.where(KEEP[..., None], x, 0)
     dy = np.where(KEEP[..., None], samples(seed=9), 0)
     values = [to_numpy(w) for w in built(norm).weights]
