@@ -1,6 +1,5 @@
 import io
 import json
-import os
 from pathlib import Path
 
 import keras
@@ -292,57 +291,6 @@ def test_a_missing_extra_is_named(monkeypatch):
     refused(result, "matplotlib and sklearn must be", "pip install 'normwise[tutorial]'")
     result = command("figure", "layer")
     refused(result, "matplotlib must be", "pip install 'normwise[tutorial]'")
-
-
-@pytest.mark.parametrize(
-    ("installed", "variable", "file", "chosen"),
-    [
-        ({"tensorflow", "jax", "torch"}, None, None, "tensorflow"),
-        ({"jax", "torch"}, None, None, "jax"),
-        ({"torch"}, None, None, "torch"),
-        # Keras itself writes this file, whatever is installed.
-        ({"jax"}, None, "tensorflow", "jax"),
-        ({"jax", "torch"}, None, "torch", None),
-        ({"jax", "torch"}, "torch", "jax", "torch"),
-        ({"jax"}, "openvino", None, "openvino"),
-    ],
-)
-def test_the_backend_is_one_that_is_installed(
-    monkeypatch, tmp_path, installed, variable, file, chosen
-):
-    settle(monkeypatch, tmp_path, installed, variable, file)
-    cli._choose_backend()
-    # None: Keras reads its file by itself.
-    assert os.environ.get("KERAS_BACKEND") == chosen
-
-
-@pytest.mark.parametrize(
-    ("installed", "variable", "file", "texts"),
-    [
-        (set(), None, None, ["none is installed", "pip install 'normwise[jax]'"]),
-        ({"jax"}, "torch", None, ["backend torch, which is not", "'normwise[torch]'"]),
-        ({"jax"}, "tensorflow", None, ["backend tensorflow, which is not"]),
-        ({"tensorflow"}, None, "jax", ["backend jax, which is not", "'normwise[jax]'"]),
-    ],
-)
-def test_a_backend_that_is_not_installed_is_refused(
-    monkeypatch, tmp_path, installed, variable, file, texts
-):
-    settle(monkeypatch, tmp_path, installed | {"matplotlib"}, variable, file)
-    refused(command("figure", "layer"), *texts)
-
-
-def settle(monkeypatch, folder, installed, variable, file):
-    """Pretend what is installed and what the user has set."""
-    monkeypatch.setattr(
-        cli.importlib.util, "find_spec", lambda name: name if name in installed else None
-    )
-    monkeypatch.setenv("KERAS_HOME", str(folder))
-    monkeypatch.setenv("KERAS_BACKEND", variable or "")
-    if not variable:
-        monkeypatch.delenv("KERAS_BACKEND")
-    if file:
-        (folder / "keras.json").write_text(json.dumps({"backend": file}))
 
 
 @pytest.mark.parametrize(

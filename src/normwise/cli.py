@@ -1,13 +1,11 @@
 """The command `normwise`: the tutorial as a program, and the picture of any norm's sets.
 
-Keras, Matplotlib and scikit-learn are imported by the commands that need them, so that help comes
-at once and Keras finds its backend chosen.
+Matplotlib and scikit-learn are imported by the commands that need them. The script itself is
+`normwise_command`, which chooses Keras's backend first.
 """
 
 import enum
 import importlib.util
-import json
-import os
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -17,9 +15,9 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+import normwise
 from normwise.tutorial import NORMS, SPLITS
 
-BACKENDS = ("tensorflow", "jax", "torch")
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -30,15 +28,8 @@ DrawnNorm = enum.StrEnum("DrawnNorm", ["batch", "layer", "instance", "group", "r
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
-def main() -> None:
-    """Run the command line."""
-    app()
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
-        import normwise
-
         typer.echo(f"normwise {normwise.__version__}")
         raise typer.Exit
 
@@ -83,7 +74,6 @@ def tutorial(
     """Train the tutorial's model with each norm, compare them, and draw two pictures."""
     norms = list(dict.fromkeys(norm or Norm))
     _require_installed("matplotlib", *(["sklearn"] if data == "digits" else []))
-    _choose_backend()
     with _one_line_errors(OSError):
         out.mkdir(parents=True, exist_ok=True)
         if json_file is not None and not json_file.parent.is_dir():
@@ -141,7 +131,6 @@ def figure(
 ) -> None:
     """Draw which elements of an input share their statistics."""
     _require_installed("matplotlib")
-    _choose_backend()
 
     from normwise import geometry
     from normwise.tutorial import figures
@@ -175,41 +164,6 @@ def _ints(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         _fail(f"{option} {text!r} is no list of ints; write it as in {option} 4,5,5,8")
-
-
-def _choose_backend() -> None:
-    """Let Keras find a backend that is there, unless the user named one.
-
-    Keras falls back on TensorFlow, and writes that name into a new keras.json whatever the user
-    runs; so "tensorflow" in that file is no wish, and any other name is.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    wanted = os.environ.get("KERAS_BACKEND")
-    if not wanted and (configured := _configured_backend()) != "tensorflow":
-        wanted = configured
-    if wanted:
-        if wanted in BACKENDS and importlib.util.find_spec(wanted) is None:
-            _fail(
-                f"Keras is set to the backend {wanted}, which is not installed; run "
-                f"pip install 'normwise[{wanted}]', or set KERAS_BACKEND to one that is"
-            )
-        return
-    for backend in BACKENDS:
-        if importlib.util.find_spec(backend) is not None:
-            os.environ["KERAS_BACKEND"] = backend
-            return
-    _fail(
-        "Keras needs TensorFlow, JAX or PyTorch, and none is installed; run "
-        "pip install 'normwise[jax]' (or [tensorflow], or [torch])"
-    )
-
-
-def _configured_backend() -> str | None:
-    folder = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
-    try:
-        return json.loads((folder / "keras.json").read_text()).get("backend")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _require_installed(*modules: str) -> None:

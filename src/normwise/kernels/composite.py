@@ -33,27 +33,54 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bo
     what is left when that mean is subtracted too. So equal elements give exactly beta, and no sum
     ever grows with the mean: see docs/numerics.md.
     """
-    if mask is None:
-        count = set_size(x, geometry)
-        deviation = x
-        if centred:
-            # In place on PyTorch, where the temporary is ours, a plain rebinding elsewhere: without
-            # it forward takes 1.4 times as long at (8, 64, 64, 256), all of it page faults.
-            deviation = x - ops.stop_gradient(_first(x, geometry))
-            deviation -= total(deviation, geometry) / count
-        variance = total(ops.square(deviation), geometry) / count
-    else:
+    if mask is not None:
         deviation, variance = _masked_moments(x, mask, geometry, centred=centred)
+    elif not centred:
+        deviation = x
+        variance = total(ops.square(x), geometry) / set_size(x, geometry)
+    elif geometry.parameter_axes == geometry.set_axes:
+        deviation, variance = _moments(x, geometry)
+    else:
+        return _normalize_channels(x, gamma, beta, geometry, epsilon)
+
+    # Gamma varies inside a set: scale * gamma would be as large as x, and its gradient too.
+    y = deviation * _inverse_root(variance, epsilon)
+    if gamma is not None:
+        y = y * _spread(gamma, geometry)
+    return y if beta is None else y + _spread(beta, geometry)
+
+
+def _moments(x, geometry: Geometry):
+    """The deviation of `x` from the mean of its set, and the variance: two passes over x - x0."""
+    count = set_size(x, geometry)
+    # In place on PyTorch, where the temporary is ours, and a plain rebinding elsewhere: one tensor
+    # of the input's size less to allocate.
+    deviation = x - ops.stop_gradient(_first(x, geometry))
+    deviation -= total(deviation, geometry) / count
+    return deviation, total(ops.square(deviation), geometry) / count
+
+
+def _normalize_channels(x, gamma, beta, geometry: Geometry, epsilon: float):
+    """_moments and their use, where gamma and beta are per channel: small tensors beside x.
+
+    The gradient of the mean takes its way through these small tensors, in `rest`, instead of
+    through x: a pass less over x backward (training is 1.1 to 1.2 times as fast on TensorFlow).
+    With deviation = d - stop(mean) and rest = mean - stop(mean), d - mean is deviation - rest, and
+    since rest is also the mean of deviation, the variance is mean(deviation^2) - rest^2: as
+    functions, with all their derivatives, not only at the value rest = 0.
+    """
+    count = set_size(x, geometry)
+    deviation = x - ops.stop_gradient(_first(x, geometry))
+    mean = total(deviation, geometry) / count
+    deviation -= ops.stop_gradient(mean)
+    rest = mean - ops.stop_gradient(mean)
+    variance = total(ops.square(deviation), geometry) / count - ops.square(rest)
 
     scale = _inverse_root(variance, epsilon)
-    if gamma is None:
-        y = deviation * scale
-    elif geometry.parameter_axes == geometry.set_axes:
-        # Gamma varies inside a set: scale * gamma would be as large as x, and its gradient too.
-        y = deviation * scale * _spread(gamma, geometry)
-    else:
-        y = deviation * (scale * _spread(gamma, geometry))
-    return y if beta is None else y + _spread(beta, geometry)
+    if gamma is not None:
+        scale = scale * _spread(gamma, geometry)
+    offset = rest * scale
+    return deviation * scale - (offset if beta is None else offset - _spread(beta, geometry))
 
 
 def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
