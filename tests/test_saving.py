@@ -40,6 +40,12 @@ def test_config_round_trip(norm):
     assert arguments <= {*layer.__init__.__code__.co_varnames}
 
 
+def test_a_config_is_a_copy():
+    layer = layers.LayerNormalization(axis=[1, 2])
+    layer.get_config()["axis"].append(3)
+    assert layer.axis == [1, 2]
+
+
 @every_norm
 @pytest.mark.parametrize("axis", [-1, [-1], 2])
 def test_config_does_not_depend_on_what_it_was_built_on(norm, axis):

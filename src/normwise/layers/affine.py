@@ -93,7 +93,7 @@ class Affine(keras.Layer):
         """The arguments of the layer, whatever it was built on."""
         return {
             **super().get_config(),
-            "axis": self.axis,
+            "axis": self.axis if isinstance(self.axis, int) else list(self.axis),
             "epsilon": self.epsilon,
             "center": self.center,
             "scale": self.scale,

@@ -101,6 +101,8 @@ def train(
         verbose: as for Keras's `fit`: 1 for progress bars, 2 for a line per epoch, 0 for silence.
     """
     for norm in norms:
+        if verbose:
+            print(f"norm: {norm}")
         keras.utils.set_random_seed(seed)
         model = tutorial_model.build(norm, data.image_shape)
         clock = StepClock(len(data.training), batch_size)
