@@ -196,8 +196,8 @@ def test_empty_extents_are_extents(shape, set_size):
 def test_parameters_broadcast_against_the_input():
     found = geometry.layer((2, 4, 5, 6), [3, 1])
     assert found.parameter_shape == (4, 6)
-    assert found.broadcast_shape == (1, 4, 1, 6)
-    assert geometry.group((2, 4, 5, 6), 1, 2).broadcast_shape == (1, 4, 1, 1)
+    assert found.broadcast_shape(found.parameter_shape) == (1, 4, 1, 6)
+    assert geometry.group((2, 4, 5, 6), 1, 2).broadcast_shape((4,)) == (1, 4, 1, 1)
 
 
 def test_a_geometry_is_made_once():

@@ -314,3 +314,15 @@ def test_rms_scaling_of_layer_norm_is_that_of_keras():
     with pytest.warns(UserWarning, match="rms_scaling"):
         again = layers.LayerNormalization.from_config(layer.get_config())
     np.testing.assert_array_equal(to_numpy(again(samples())), y)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="extents unknown to the graph")
+@pytest.mark.filterwarnings("ignore:rms_scaling:UserWarning")
+def test_rms_scaling_takes_axes_unknown_to_the_graph():
+    import tensorflow as tf
+
+    layer = layers.LayerNormalization(rms_scaling=True)
+    layer.build((2, 6))
+    function = tf.function(layer, input_signature=[tf.TensorSpec([None, None])])
+    x = samples((2, 6))
+    np.testing.assert_allclose(function(x), layer(x), rtol=1e-6)

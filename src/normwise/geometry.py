@@ -70,12 +70,14 @@ class Geometry:
         """The shape of gamma and beta."""
         return tuple(self.shape[axis] for axis in self.parameter_axes)
 
-    @property
-    def broadcast_shape(self) -> Shape:
-        """The shape under which gamma and beta broadcast against the input."""
-        return tuple(
-            extent if axis in self.parameter_axes else 1 for axis, extent in enumerate(self.shape)
-        )
+    def broadcast_shape(self, extents: Iterable) -> tuple:
+        """The shape under which gamma or beta, whose extents are given, broadcasts against x.
+
+        They are given, because those of x may be unknown where those of a parameter never are.
+        """
+        given = iter(extents)
+        axes = range(len(self.shape))
+        return tuple(next(given) if axis in self.parameter_axes else 1 for axis in axes)
 
     @property
     def set_size(self) -> int | None:

@@ -105,12 +105,8 @@ def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
 
 
 def _spread(parameter, geometry: Geometry):
-    """Gamma or beta, whose extents are known where x's may not be, to broadcast against x."""
-    extents = iter(ops.shape(parameter))
-    axes = range(len(geometry.shape))
-    return ops.reshape(
-        parameter, [next(extents) if axis in geometry.parameter_axes else 1 for axis in axes]
-    )
+    """Gamma or beta in the shape that broadcasts against x."""
+    return ops.reshape(parameter, geometry.broadcast_shape(ops.shape(parameter)))
 
 
 def _inverse_root(variance, epsilon: float):

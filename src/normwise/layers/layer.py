@@ -122,7 +122,7 @@ class LayerNormalization(_OverAxes):
         plan = self.geometry(inputs.shape)
         x = keras.ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
         variance = keras.ops.var(x, axis=plan.set_axes, keepdims=True)
-        gamma = keras.ops.reshape(self.gamma, plan.broadcast_shape)
+        gamma = keras.ops.reshape(self.gamma, plan.broadcast_shape(self.gamma.shape))
         y = x * keras.ops.rsqrt(variance + self.epsilon) * gamma
         return self.activation(keras.ops.cast(y, self.compute_dtype))
 
