@@ -8,31 +8,49 @@ BACKEND ?= jax
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
+SANITIZED = build/sanitized
+
 .PHONY: tutorial test lint fuzz bench figures clean
-.PHONY: test-tensorflow test-jax test-torch
+.PHONY: test-tensorflow test-jax test-torch test-native
 
 tutorial: $(VENV)/.tutorial-$(BACKEND)
 	KERAS_BACKEND=$(BACKEND) $(BIN)/normwise tutorial
 
-test: test-tensorflow test-jax test-torch lint
+test: test-native test-tensorflow test-jax test-torch lint
 
+# All tests, and those of values and gradients once more as they are without the native library.
 test-tensorflow test-jax test-torch: test-%: $(VENV)/.dev
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet
+	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet --pure-python $(addprefix tests/test_,\
+		contract.py derivatives.py defects.py golden.py layers.py masks.py ops.py)
+
+# The kernels by themselves, under the address and the undefined-behaviour sanitizer. Without those
+# for AVX-512: their masked loads are invisible to the one, and compiling them takes minutes. The same
+# cases on every run, as the property tests; `make fuzz` looks further.
+test-native: $(SANITIZED)/fuzz
+	$(SANITIZED)/fuzz 20 1
+	NORMWISE_INSTRUCTIONS=baseline $(SANITIZED)/fuzz 10 1
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h
 
-# The property tests with 2,000 examples each, other ones on every run.
-fuzz: $(VENV)/.dev
+# The kernels for ten minutes, and the property tests with 2,000 examples each, ever other ones.
+fuzz: $(VENV)/.dev $(SANITIZED)/fuzz
+	$(SANITIZED)/fuzz 600
 	HYPOTHESIS_PROFILE=fuzz KERAS_BACKEND=$(BACKEND) $(BIN)/python -m pytest --quiet \
 		tests/test_contract.py tests/test_tutorial_data.py
 
-# Our layers' speed beside Keras's, on each backend.
+# Our layers' speed beside their peers', on each backend: tables, build/*.json and a chart.
 bench: $(VENV)/.dev
 	for backend in tensorflow jax torch; do \
-		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/against_keras.py || exit 1; \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/kernels.py \
+			--json build/bench-$$backend.json || exit 1; \
+		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/training.py \
+			--json build/training-$$backend.json || exit 1; \
 	done
+	$(BIN)/python benchmarks/kernels.py --from build/bench-*.json --chart build/bench.png
 
 # The pictures of README.md and docs/.
 figures: $(VENV)/.dev
@@ -46,7 +64,12 @@ $(VENV)/.tutorial-$(BACKEND): pyproject.toml constraints.txt | $(VENV)
 	$(INSTALL) '.[tutorial,$(BACKEND)]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)
+$(SANITIZED)/fuzz: $(VENV)/.dev CMakeLists.txt $(wildcard csrc/*)
+	$(BIN)/cmake -S . -B $(SANITIZED) -DNORMWISE_FUZZ=ON -DNORMWISE_WIDER=avx2 \
+		-DNORMWISE_SANITIZE=address,undefined
+	$(BIN)/cmake --build $(SANITIZED) --target fuzz --parallel 2
+
+$(VENV)/.dev: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) | $(VENV)
 	$(INSTALL) '.[dev]'
 	touch $@
 

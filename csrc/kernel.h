@@ -1,0 +1,230 @@
+// What the families of kernels share: their arguments, and how their work is split.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "activation.h"
+#include "call.h"
+#include "normwise.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace normwise::NORMWISE_ISA {
+
+// The same with the types of one dtype: T in memory, A in the arithmetic.
+template <class T>
+struct Tensors {
+  using A = ArithmeticOf<T>;
+
+  const NormwiseNorm& norm;
+  const T* x;
+  const A *gamma, *beta;
+  T* y;
+  A* statistics;
+  const T* dy;
+  T* dx;
+  A *dgamma, *dbeta;
+  A slope;
+
+  explicit Tensors(const Call& call)
+      : norm(call.norm),
+        x(static_cast<const T*>(call.x)),
+        gamma(static_cast<const A*>(call.gamma)),
+        beta(static_cast<const A*>(call.beta)),
+        y(static_cast<T*>(call.y)),
+        statistics(static_cast<A*>(call.statistics)),
+        dy(static_cast<const T*>(call.dy)),
+        dx(static_cast<T*>(call.dx)),
+        dgamma(static_cast<A*>(call.dgamma)),
+        dbeta(static_cast<A*>(call.dbeta)),
+        slope(A(call.norm.slope)) {}
+
+  A gamma_at(int64_t channel) const { return gamma == nullptr ? A(1) : gamma[channel]; }
+  A beta_at(int64_t channel) const { return beta == nullptr ? A(0) : beta[channel]; }
+};
+
+inline double inverse_root(double variance, double epsilon) {
+  const double radicand = variance + epsilon;
+  return radicand == 0 ? 0 : 1 / std::sqrt(radicand);  // equal elements at epsilon 0 give beta
+}
+
+// Mean and squared deviations of one set, from parts that are merged in a fixed order (Chan et al.,
+// 1983), in float64: the parts are many elements each, so it costs nothing.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  void merge(double other_count, double other_mean, double other_squares) {
+    if (count == 0) {
+      *this = {other_count, other_mean, other_squares};
+      return;
+    }
+    const double total = count + other_count;
+    const double delta = other_mean - mean;
+    mean += delta * (other_count / total);
+    squares += other_squares + delta * delta * (count * other_count / total);
+    count = total;
+  }
+};
+
+// How a family's work is split. The units share nothing but the gradients of gamma and beta, which
+// they add to the buffer of their chunk; the chunks' buffers are added in order. A unit falls into
+// pieces that can be read side by side. All this follows from the shape alone, never from the
+// number of threads, and so do the roundings.
+struct Split {
+  int64_t units, pieces, unit_elements;
+  int64_t units_per_chunk;
+
+  int64_t chunks() const { return (units + units_per_chunk - 1) / units_per_chunk; }
+};
+
+// Below this a second thread costs more to wake than it saves.
+constexpr int64_t kElementsPerThread = 1 << 14;
+// Of units that take each step together: few enough for the first cache.
+constexpr int64_t kBatchElements = 1 << 11;
+
+// Runs a family's job: prepare(unit, scratch) sets the scratch up, gather(unit, piece, chunk,
+// scratch) reads the statistics, settle(unit, chunk, scratch) puts those of all pieces together,
+// and apply(unit, piece, scratch) writes the result. Up to kUnitsAtOnce small units take each step
+// together.
+template <class Job>
+void run(const Job& job, int threads) {
+  const Split& split = job.split;
+  threads = int(std::min<int64_t>(threads, split.units * split.unit_elements / kElementsPerThread));
+  using Scratch = typename Job::Scratch;
+
+  // With few units the threads share each; with many, each takes some, and a unit stays in the
+  // cache of one core from its statistics to its result.
+  if (threads > 1 && split.pieces > 1 && split.chunks() < 4 * threads) {
+    Scratch scratch(job);
+    for (int64_t unit = 0; unit < split.units; ++unit) {
+      const int64_t chunk = unit / split.units_per_chunk;
+      job.prepare(unit, scratch);
+      parallel_for(threads, split.pieces,
+                   [&](int64_t piece) { job.gather(unit, piece, chunk, scratch); });
+      job.settle(unit, chunk, scratch);
+      parallel_for(threads, split.pieces, [&](int64_t piece) { job.apply(unit, piece, scratch); });
+    }
+    return;
+  }
+  const int64_t batch =
+      std::clamp<int64_t>(kBatchElements / split.unit_elements, 1, Job::kUnitsAtOnce);
+  parallel_for(threads, split.chunks(), [&](int64_t chunk) {
+    std::vector<Scratch> scratches;
+    scratches.reserve(size_t(batch));
+    for (int64_t i = 0; i < batch; ++i) scratches.emplace_back(job);
+    const int64_t end = std::min(split.units, (chunk + 1) * split.units_per_chunk);
+    for (int64_t begin = chunk * split.units_per_chunk; begin < end; begin += batch) {
+      const int64_t count = std::min(batch, end - begin);
+      const auto for_pieces = [&](const auto& step) {
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t piece = 0; piece < split.pieces; ++piece) {
+            step(begin + i, piece, scratches[size_t(i)]);
+          }
+        }
+      };
+      for (int64_t i = 0; i < count; ++i) job.prepare(begin + i, scratches[size_t(i)]);
+      for_pieces([&](int64_t unit, int64_t piece, Scratch& scratch) {
+        job.gather(unit, piece, chunk, scratch);
+      });
+      for (int64_t i = 0; i < count; ++i) job.settle(begin + i, chunk, scratches[size_t(i)]);
+      for_pieces([&](int64_t unit, int64_t piece, const Scratch& scratch) {
+        job.apply(unit, piece, scratch);
+      });
+    }
+  });
+}
+
+// The sums of dz * xhat and of dz that the chunks gather for dgamma and dbeta: `channels` of each,
+// one after the other.
+template <class S>
+class Accumulators {
+ public:
+  Accumulators(int64_t chunks, int64_t channels, bool wanted)
+      : chunks_(wanted ? chunks : 0), channels_(channels), sums_(size_t(chunks_ * 2 * channels)) {}
+
+  bool wanted() const { return chunks_ > 0; }
+  S* dgamma(int64_t chunk) const { return sums_.data() + chunk * 2 * channels_; }
+  S* dbeta(int64_t chunk) const { return dgamma(chunk) + channels_; }
+
+  // Writes the sums over all chunks.
+  template <class A>
+  void reduce(A* dgamma, A* dbeta, int threads) const {
+    constexpr int64_t kColumns = 64;
+    const int64_t columns = 2 * channels_;
+    if (columns * chunks_ < kElementsPerThread) threads = 1;
+    parallel_for(threads, (columns + kColumns - 1) / kColumns, [&](int64_t task) {
+      const int64_t begin = task * kColumns, end = std::min(columns, begin + kColumns);
+      double totals[kColumns] = {};
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+        const S* sums = sums_.data() + chunk * columns;
+        for (int64_t column = begin; column < end; ++column) totals[column - begin] += sums[column];
+      }
+      for (int64_t column = begin; column < end; ++column) {
+        A* to = column < channels_ ? dgamma : dbeta;
+        if (to != nullptr) to[column % channels_] = A(totals[column - begin]);
+      }
+    });
+  }
+
+ private:
+  int64_t chunks_, channels_;
+  mutable std::vector<S> sums_;
+};
+
+// Calls f with the dtype's T and the activation's Kind as types.
+template <class F>
+void with_types(const NormwiseNorm& norm, const F& f) {
+  const auto with_kind = [&](auto element) {
+    switch (norm.activation) {
+      case NORMWISE_IDENTITY:
+        return f(element, std::integral_constant<Kind, Kind::kIdentity>());
+      case NORMWISE_LEAKY_RELU:
+        return f(element, std::integral_constant<Kind, Kind::kLeakyRelu>());
+      default:
+        return f(element, std::integral_constant<Kind, Kind::kOther>());
+    }
+  };
+  switch (norm.dtype) {
+    case NORMWISE_FLOAT32:
+      return with_kind(float());
+    case NORMWISE_FLOAT64:
+      return with_kind(double());
+    case NORMWISE_FLOAT16:
+      return with_kind(Half());
+    default:
+      return with_kind(BFloat16());
+  }
+}
+
+// Runs a family's job for a call, of its dtype and activation: forward, or backward and then the
+// gradients of gamma and beta.
+//
+// A family's jobs are in a namespace of its name, and not in an anonymous one: GCC 12 exports this
+// function even if its template arguments have internal linkage, so the linker took those of all
+// families for one (not with -O3, which inlines them; the sanitized build shows it).
+template <template <class, Kind> class Forward, template <class, Kind> class Backward>
+void run_family(const Call& call, int threads) {
+  with_types(call.norm, [&](auto element, auto kind) {
+    using T = decltype(element);
+    if (call.dy == nullptr) {
+      run(Forward<T, kind>(call), threads);
+    } else {
+      const Backward<T, kind> job(call);
+      run(job, threads);
+      if (job.accumulators.wanted()) job.reduce(threads);
+    }
+  });
+}
+
+// One family each: rows.cc, short_rows.cc, columns.cc, kept.cc.
+bool are_short_rows(const NormwiseNorm& norm);
+void run_short_rows(const Call& call, int threads);
+void run_rows(const Call& call, int threads);
+void run_columns(const Call& call, int threads);
+void run_kept(const Call& call, int threads);
+
+}  // namespace normwise::NORMWISE_ISA

@@ -1,0 +1,33 @@
+// The one pool of threads that every call in the process shares.
+#pragma once
+
+#include <cstdint>
+
+namespace normwise {
+
+// The most threads that a call may use: NORMWISE_NUM_THREADS, or else the CPUs that the process's
+// affinity allows. Read once.
+int thread_limit();
+
+// From now on use the threads of OpenMP, given its GOMP_parallel, in this process: after a parallel
+// region they spin for milliseconds, and other threads would have to share their cores with them.
+void use_openmp(void* parallel);
+
+// Calls work(context, task) once for every task in [0, tasks), on up to `threads` threads of which
+// the caller is one, and returns when all are done. Tasks are handed out in order, to whoever is
+// free. Where the pool is at work for another caller, all run in this one.
+void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* context);
+
+template <class Work>
+void parallel_for(int threads, int64_t tasks, const Work& work) {
+  if (threads <= 1 || tasks <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) work(task);
+    return;
+  }
+  run_tasks(
+      threads, tasks,
+      [](void* context, int64_t task) { (*static_cast<const Work*>(context))(task); },
+      const_cast<Work*>(&work));
+}
+
+}  // namespace normwise

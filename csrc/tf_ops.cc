@@ -1,0 +1,398 @@
+// TensorFlow's door to the kernels: the ops NormwiseForward and NormwiseBackward for its CPUs.
+//
+// They are registered through TensorFlow's C API, which keeps its names and signatures from release
+// to release where the C++ API does not. What is needed of it is declared here and looked up when
+// this library is loaded, so that the library builds without TensorFlow, serves every version of
+// it, and loads where there is none.
+
+#include <dlfcn.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <exception>
+#include <initializer_list>
+#include <new>
+
+#include "normwise.h"
+
+namespace {
+
+struct TF_Status;
+struct TF_Tensor;
+struct TF_OpDefinitionBuilder;
+struct TF_KernelBuilder;
+struct TF_OpKernelConstruction;
+struct TF_OpKernelContext;
+struct TF_ShapeInferenceContext;
+struct TF_ShapeHandle;
+
+enum TF_Code { TF_OK = 0, TF_INVALID_ARGUMENT = 3, TF_RESOURCE_EXHAUSTED = 8 };
+enum TF_DataType { TF_FLOAT = 1, TF_DOUBLE = 2, TF_BFLOAT16 = 14, TF_HALF = 19 };
+
+using ShapeFunction = void (*)(TF_ShapeInferenceContext*, TF_Status*);
+using Create = void* (*)(TF_OpKernelConstruction*);
+using Compute = void (*)(void*, TF_OpKernelContext*);
+using Delete = void (*)(void*);
+
+// Every function of the C API that is used: result, name without its TF_, parameters.
+#define TENSORFLOW_FUNCTIONS(_)                                                                   \
+  _(TF_Status*, NewStatus, (void))                                                                \
+  _(void, DeleteStatus, (TF_Status*))                                                             \
+  _(void, SetStatus, (TF_Status*, TF_Code, const char* message))                                  \
+  _(TF_Code, GetCode, (const TF_Status*))                                                         \
+  _(void, DeleteTensor, (TF_Tensor*))                                                             \
+  _(int, NumDims, (const TF_Tensor*))                                                             \
+  _(int64_t, Dim, (const TF_Tensor*, int axis))                                                   \
+  _(void*, TensorData, (const TF_Tensor*))                                                        \
+  _(int64_t, TensorElementCount, (const TF_Tensor*))                                              \
+  _(TF_OpDefinitionBuilder*, NewOpDefinitionBuilder, (const char* op))                            \
+  _(void, OpDefinitionBuilderAddInput, (TF_OpDefinitionBuilder*, const char* spec))               \
+  _(void, OpDefinitionBuilderAddOutput, (TF_OpDefinitionBuilder*, const char* spec))              \
+  _(void, OpDefinitionBuilderAddAttr, (TF_OpDefinitionBuilder*, const char* spec))                \
+  _(void, OpDefinitionBuilderSetShapeInferenceFunction, (TF_OpDefinitionBuilder*, ShapeFunction)) \
+  _(void, RegisterOpDefinition, (TF_OpDefinitionBuilder*, TF_Status*))                            \
+  _(TF_ShapeHandle*, NewShapeHandle, (void))                                                      \
+  _(void, DeleteShapeHandle, (TF_ShapeHandle*))                                                   \
+  _(void, ShapeInferenceContextGetInput,                                                          \
+    (TF_ShapeInferenceContext*, int index, TF_ShapeHandle*, TF_Status*))                          \
+  _(void, ShapeInferenceContextSetOutput,                                                         \
+    (TF_ShapeInferenceContext*, int index, TF_ShapeHandle*, TF_Status*))                          \
+  _(void, ShapeInferenceContextSetUnknownShape, (TF_ShapeInferenceContext*, TF_Status*))          \
+  _(TF_KernelBuilder*, NewKernelBuilder,                                                          \
+    (const char* op, const char* device, Create, Compute, Delete))                                \
+  _(void, KernelBuilder_TypeConstraint,                                                           \
+    (TF_KernelBuilder*, const char* attribute, TF_DataType, TF_Status*))                          \
+  _(void, RegisterKernelBuilder, (const char* name, TF_KernelBuilder*, TF_Status*))               \
+  _(void, OpKernelConstruction_GetAttrInt64,                                                      \
+    (TF_OpKernelConstruction*, const char* name, int64_t*, TF_Status*))                           \
+  _(void, OpKernelConstruction_GetAttrFloat,                                                      \
+    (TF_OpKernelConstruction*, const char* name, float*, TF_Status*))                             \
+  _(void, OpKernelConstruction_GetAttrBool,                                                       \
+    (TF_OpKernelConstruction*, const char* name, unsigned char*, TF_Status*))                     \
+  _(void, OpKernelConstruction_GetAttrType,                                                       \
+    (TF_OpKernelConstruction*, const char* name, TF_DataType*, TF_Status*))                       \
+  _(void, OpKernelConstruction_Failure, (TF_OpKernelConstruction*, TF_Status*))                   \
+  _(void, GetInput, (TF_OpKernelContext*, int index, TF_Tensor**, TF_Status*))                    \
+  _(TF_Tensor*, AllocateOutput,                                                                   \
+    (TF_OpKernelContext*, int index, TF_DataType, const int64_t* extents, int rank, size_t bytes, \
+     TF_Status*))                                                                                 \
+  _(void, OpKernelContext_Failure, (TF_OpKernelContext*, TF_Status*))
+
+struct TensorFlow {
+#define DECLARE(result, name, parameters) result(*name) parameters;
+  TENSORFLOW_FUNCTIONS(DECLARE)
+#undef DECLARE
+
+  // Whether TensorFlow is in this process and has all of them.
+  bool find() {
+    // Already there or not wanted: this library must not be what brings TensorFlow in. Its symbols
+    // are not global, so only its own handle finds them.
+#if defined(__APPLE__)
+    constexpr const char* kName = "libtensorflow_framework.2.dylib";
+#else
+    constexpr const char* kName = "libtensorflow_framework.so.2";
+#endif
+    void* library = dlopen(kName, RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return false;
+    bool all = true;
+#define FIND(result, name, parameters)                                  \
+  name = reinterpret_cast<decltype(name)>(dlsym(library, "TF_" #name)); \
+  all = all && name != nullptr;
+    TENSORFLOW_FUNCTIONS(FIND)
+#undef FIND
+    return all;
+  }
+};
+
+TensorFlow tf;
+
+class Status {
+ public:
+  Status() : status_(tf.NewStatus()) {}
+  ~Status() { tf.DeleteStatus(status_); }
+  Status(const Status&) = delete;
+  Status& operator=(const Status&) = delete;
+
+  operator TF_Status*() { return status_; }
+  bool ok() const { return tf.GetCode(status_) == TF_OK; }
+  void fail(TF_Code code, const char* message) { tf.SetStatus(status_, code, message); }
+
+  // Keeps the first failure.
+  void require(bool condition, const char* message) {
+    if (!condition && ok()) fail(TF_INVALID_ARGUMENT, message);
+  }
+
+ private:
+  TF_Status* status_;
+};
+
+// An input or an output of a running op: TensorFlow owns the memory, this only the handle.
+class Tensor {
+ public:
+  Tensor(TF_OpKernelContext* context, int input, Status& status) {
+    if (status.ok()) tf.GetInput(context, input, &tensor_, status);
+  }
+  Tensor(TF_OpKernelContext* context, int output, TF_DataType dtype, const int64_t* extents,
+         int rank, Status& status) {
+    if (!status.ok()) return;
+    size_t bytes = dtype == TF_DOUBLE ? 8 : dtype == TF_FLOAT ? 4 : 2;
+    for (int axis = 0; axis < rank; ++axis) bytes *= extents[axis];
+    tensor_ = tf.AllocateOutput(context, output, dtype, extents, rank, bytes, status);
+  }
+  ~Tensor() {
+    if (tensor_ != nullptr) tf.DeleteTensor(tensor_);
+  }
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+
+  int rank() const { return tf.NumDims(tensor_); }
+  int64_t extent(int axis) const { return tf.Dim(tensor_, axis); }
+  int64_t elements() const { return tf.TensorElementCount(tensor_); }
+  void* data() const { return tf.TensorData(tensor_); }
+  // A gamma or beta of no elements stands for none.
+  void* data_if_any() const { return elements() == 0 ? nullptr : data(); }
+
+ private:
+  TF_Tensor* tensor_ = nullptr;
+};
+
+constexpr int kMaxRank = 254;  // TensorFlow's own
+
+// The extents of a tensor; TensorFlow keeps them as int64 too, but hands them out one by one.
+struct Shape {
+  int rank = 0;
+  int64_t extents[kMaxRank];
+
+  explicit Shape(const Tensor& tensor) : Shape(tensor, 0, tensor.rank()) {}
+  Shape(const Tensor& tensor, int64_t first, int64_t last) { append(tensor, first, last); }
+
+  void append(int64_t extent) { extents[rank++] = extent; }
+  void append(const Tensor& tensor, int64_t first, int64_t last) {
+    for (int64_t axis = first; axis < last; ++axis) append(tensor.extent(axis));
+  }
+  int64_t product(int64_t first, int64_t last) const {
+    int64_t product = 1;
+    for (int64_t axis = first; axis < last; ++axis) product *= extents[axis];
+    return product;
+  }
+  bool operator==(const Shape& other) const {
+    return rank == other.rank && std::memcmp(extents, other.extents, rank * sizeof *extents) == 0;
+  }
+};
+
+// The attributes of a node, which say how an x of any extents is read: see Layout in library.py.
+struct Kernel {
+  TF_DataType dtype = TF_FLOAT, arithmetic = TF_FLOAT;
+  int64_t outer_end, before_end, channels_end;
+  NormwiseNorm norm = {};
+
+  Kernel(TF_OpKernelConstruction* construction, Status& status) {
+    auto integer = [&](const char* name) {
+      int64_t value = 0;
+      if (status.ok()) tf.OpKernelConstruction_GetAttrInt64(construction, name, &value, status);
+      return value;
+    };
+    auto boolean = [&](const char* name) {
+      unsigned char value = 0;
+      if (status.ok()) tf.OpKernelConstruction_GetAttrBool(construction, name, &value, status);
+      return value != 0;
+    };
+    // An attribute of type float has 32 bits: a float64 norm needs an epsilon of 64.
+    auto real = [&](const char* name) {
+      const int64_t bits = integer(name);
+      double value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    };
+    tf.OpKernelConstruction_GetAttrType(construction, "T", &dtype, status);
+    if (status.ok()) tf.OpKernelConstruction_GetAttrType(construction, "A", &arithmetic, status);
+    outer_end = integer("outer_end");
+    before_end = integer("before_end");
+    channels_end = integer("channels_end");
+    norm.groups = integer("groups");
+    norm.keeps_after = boolean("keeps_after");
+    norm.centred = boolean("centred");
+    norm.epsilon = real("epsilon_bits");
+    norm.slope = real("slope_bits");
+    const int64_t activation = integer("activation");
+    norm.activation = static_cast<int32_t>(activation);
+    norm.dtype = dtype == TF_DOUBLE     ? NORMWISE_FLOAT64
+                 : dtype == TF_HALF     ? NORMWISE_FLOAT16
+                 : dtype == TF_BFLOAT16 ? NORMWISE_BFLOAT16
+                                        : NORMWISE_FLOAT32;
+    status.require(0 <= outer_end && outer_end <= before_end && before_end < channels_end,
+                   "the axes must fulfil 0 <= outer_end <= before_end < channels_end");
+    status.require(norm.groups >= 1, "groups must be at least 1");
+    status.require(!norm.keeps_after || (outer_end == before_end && norm.groups == 1),
+                   "keeps_after needs outer_end == before_end and groups == 1");
+    status.require(norm.epsilon >= 0 && std::isfinite(norm.epsilon),
+                   "epsilon must be a finite number of at least 0");
+    status.require(activation >= NORMWISE_IDENTITY && activation <= NORMWISE_GELU_TANH,
+                   "activation is none of enum NormwiseActivation");
+  }
+
+  // The norm of an x of this shape.
+  NormwiseNorm of(const Shape& x, Status& status) const {
+    NormwiseNorm filled = norm;
+    // The statistics may have an axis more.
+    status.require(channels_end <= x.rank && x.rank < kMaxRank,
+                   "x must have a rank of at least channels_end, and of less than 254");
+    if (!status.ok()) return filled;
+    const int64_t channels = x.product(before_end, channels_end);
+    status.require(channels % norm.groups == 0, "groups must divide the channels");
+    filled.outer = x.product(0, outer_end);
+    filled.before = x.product(outer_end, before_end);
+    filled.members = channels / norm.groups;
+    filled.after = x.product(channels_end, x.rank);
+    return filled;
+  }
+
+  Shape statistics_shape(const Tensor& x) const {
+    Shape shape(x, 0, outer_end);
+    shape.append(2);
+    if (norm.keeps_after) {
+      shape.append(x, channels_end, x.rank());
+    } else {
+      shape.append(norm.groups);
+    }
+    return shape;
+  }
+};
+
+// gamma or beta: absent, or one element per channel.
+void require_parameter(const Tensor& parameter, const NormwiseNorm& norm, Status& status) {
+  const int64_t elements = status.ok() ? parameter.elements() : 0;
+  status.require(elements == 0 || elements == norm.groups * norm.members,
+                 "gamma and beta must each have one element per channel, or none at all");
+}
+
+void forward(const Kernel& kernel, TF_OpKernelContext* context, Status& status) {
+  const Tensor x(context, 0, status), gamma(context, 1, status), beta(context, 2, status);
+  if (!status.ok()) return;
+  const Shape shape(x);
+  const NormwiseNorm norm = kernel.of(shape, status);
+  require_parameter(gamma, norm, status);
+  require_parameter(beta, norm, status);
+  if (!status.ok()) return;
+
+  const Shape sets = kernel.statistics_shape(x);
+  const Tensor y(context, 0, kernel.dtype, shape.extents, shape.rank, status);
+  const Tensor statistics(context, 1, kernel.arithmetic, sets.extents, sets.rank, status);
+  if (!status.ok()) return;
+  normwise_forward(&norm, x.data(), gamma.data_if_any(), beta.data_if_any(), y.data(),
+                   statistics.data());
+}
+
+void backward(const Kernel& kernel, TF_OpKernelContext* context, Status& status) {
+  const Tensor x(context, 0, status), gamma(context, 1, status), beta(context, 2, status),
+      statistics(context, 3, status), dy(context, 4, status);
+  if (!status.ok()) return;
+  const Shape shape(x);
+  const NormwiseNorm norm = kernel.of(shape, status);
+  require_parameter(gamma, norm, status);
+  require_parameter(beta, norm, status);
+  status.require(shape == Shape(dy), "dy must have the shape of x");
+  if (!status.ok()) return;
+  status.require(kernel.statistics_shape(x) == Shape(statistics),
+                 "statistics must be those of the forward pass");
+
+  const Shape of_gamma(gamma), of_beta(beta);
+  const Tensor dx(context, 0, kernel.dtype, shape.extents, shape.rank, status);
+  const Tensor dgamma(context, 1, kernel.arithmetic, of_gamma.extents, of_gamma.rank, status);
+  const Tensor dbeta(context, 2, kernel.arithmetic, of_beta.extents, of_beta.rank, status);
+  if (!status.ok()) return;
+  normwise_backward(&norm, x.data(), gamma.data_if_any(), beta.data_if_any(), statistics.data(),
+                    dy.data(), dx.data(), dgamma.data_if_any(), dbeta.data_if_any());
+}
+
+void* create(TF_OpKernelConstruction* construction) {
+  Status status;
+  Kernel* kernel = new (std::nothrow) Kernel(construction, status);
+  if (kernel == nullptr) status.fail(TF_RESOURCE_EXHAUSTED, "no memory for the op's attributes");
+  if (!status.ok()) tf.OpKernelConstruction_Failure(construction, status);
+  return kernel;
+}
+
+template <void (*pass)(const Kernel&, TF_OpKernelContext*, Status&)>
+void compute(void* kernel, TF_OpKernelContext* context) {
+  Status status;
+  try {
+    pass(*static_cast<Kernel*>(kernel), context, status);
+  } catch (const std::exception& error) {  // no memory for the sums, or no thread to be had
+    status.fail(TF_RESOURCE_EXHAUSTED, error.what());
+  }
+  if (!status.ok()) tf.OpKernelContext_Failure(context, status);
+}
+
+void destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
+
+// The first `outputs` outputs have the shapes of the first inputs, in order.
+void set_shapes(TF_ShapeInferenceContext* context, int outputs, TF_Status* status) {
+  TF_ShapeHandle* shape = tf.NewShapeHandle();
+  for (int i = 0; i < outputs && tf.GetCode(status) == TF_OK; ++i) {
+    tf.ShapeInferenceContextGetInput(context, i, shape, status);
+    if (tf.GetCode(status) == TF_OK) {
+      tf.ShapeInferenceContextSetOutput(context, i, shape, status);
+    }
+  }
+  tf.DeleteShapeHandle(shape);
+}
+
+void forward_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
+  // The C API lets no shape function read an integer attribute, which the statistics would need.
+  tf.ShapeInferenceContextSetUnknownShape(context, status);
+  if (tf.GetCode(status) == TF_OK) set_shapes(context, 1, status);
+}
+
+// Whole, since Keras's optimizers refuse a gradient of unknown shape.
+void backward_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
+  set_shapes(context, 3, status);
+}
+
+// The parts of an op's definition end with a null pointer.
+void register_op(const char* name, const char* const* inputs, const char* const* outputs,
+                 ShapeFunction shapes, Compute compute) {
+  static const char* const attributes[] = {"T: {half, bfloat16, float, double}",
+                                           "A: {float, double}",
+                                           "outer_end: int",
+                                           "before_end: int",
+                                           "channels_end: int",
+                                           "groups: int",
+                                           "keeps_after: bool",
+                                           "centred: bool",
+                                           "activation: int",
+                                           "epsilon_bits: int",
+                                           "slope_bits: int",
+                                           nullptr};
+  TF_OpDefinitionBuilder* op = tf.NewOpDefinitionBuilder(name);
+  for (; *inputs != nullptr; ++inputs) tf.OpDefinitionBuilderAddInput(op, *inputs);
+  for (; *outputs != nullptr; ++outputs) tf.OpDefinitionBuilderAddOutput(op, *outputs);
+  for (auto spec = attributes; *spec != nullptr; ++spec) tf.OpDefinitionBuilderAddAttr(op, *spec);
+  tf.OpDefinitionBuilderSetShapeInferenceFunction(op, shapes);
+  // A failure leaves the op or its kernel out, which whoever calls it is told.
+  Status status;
+  tf.RegisterOpDefinition(op, status);
+
+  for (TF_DataType dtype : {TF_FLOAT, TF_DOUBLE, TF_HALF, TF_BFLOAT16}) {
+    TF_KernelBuilder* kernel = tf.NewKernelBuilder(name, "CPU", create, compute, destroy);
+    const TF_DataType arithmetic = dtype == TF_DOUBLE ? TF_DOUBLE : TF_FLOAT;
+    tf.KernelBuilder_TypeConstraint(kernel, "T", dtype, status);
+    tf.KernelBuilder_TypeConstraint(kernel, "A", arithmetic, status);
+    tf.RegisterKernelBuilder(name, kernel, status);
+  }
+}
+
+// Runs when the library is loaded. tf.load_op_library lists what is registered at that moment.
+__attribute__((constructor)) void register_ops() {
+  if (!tf.find()) return;
+  static const char* const x[] = {"x: T", "gamma: A", "beta: A", nullptr};
+  static const char* const y[] = {"y: T", "statistics: A", nullptr};
+  register_op("NormwiseForward", x, y, forward_shapes, compute<forward>);
+  static const char* const dy[] = {"x: T",          "gamma: A", "beta: A",
+                                   "statistics: A", "dy: T",    nullptr};
+  static const char* const dx[] = {"dx: T", "dgamma: A", "dbeta: A", nullptr};
+  register_op("NormwiseBackward", dy, dx, backward_shapes, compute<backward>);
+}
+
+}  // namespace
