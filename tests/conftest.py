@@ -11,3 +11,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--pure-python",
+        action="store_true",
+        help="test as on a machine where the native library was not built",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--pure-python"):
+        from normwise.kernels import library
+
+        library.path = lambda: None

@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch", "tensorflow_addons"}
 
 # From the ground up; a floor may use those before it. The package itself only puts doors on them.
-FLOORS = ["geometry", "kernels", "dispatch", "ops", "layers", "tutorial", "cli"]
+FLOORS = ["geometry", "kernels", "dispatch", "ops", "layers", "doctor", "tutorial", "cli"]
 
 
 def imports(path):

@@ -9,10 +9,12 @@
 import importlib
 
 from normwise import geometry, layers, ops
+from normwise.dispatch import use_kernels
+from normwise.doctor import explain
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["figures", "geometry", "layers", "ops"]
+__all__ = ["explain", "figures", "geometry", "layers", "ops", "use_kernels"]
 
 
 def __getattr__(name: str):

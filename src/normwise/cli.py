@@ -14,8 +14,10 @@ from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 import normwise
+from normwise.doctor import report
 from normwise.tutorial import NORMS, SPLITS
 
 EXIT_BAD_INPUT = 2
@@ -157,6 +159,17 @@ def figure(
                 title = f"{norm}, groups={groups}, axis={axis}, shape {shape}"
         figures.save(figures.shared_statistics({title: drawn}), out)
     typer.echo(f"Wrote {out}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what normwise finds on this machine: versions, CPU, and which kernels will run."""
+    table = Table(show_header=False, box=None)
+    with _one_line_errors(ValueError):
+        findings = report()
+    for name, finding in findings.items():
+        table.add_row(name, finding)
+    Console().print(table)
 
 
 def _ints(option: str, text: str) -> tuple[int, ...]:

@@ -1,43 +1,122 @@
 """Which kernel runs, decided in one place and with a reason."""
 
 import dataclasses
+import os
 
+import keras
+
+from normwise import kernels
 from normwise.geometry import Geometry
+from normwise.kernels import library
+
+MODES = ("auto", "native", "composite")
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A kernel by the name of its module in `normwise.kernels`, and why it was chosen."""
+    """A kernel by its name, and why it was chosen.
+
+    Args:
+        kernel: "native" (csrc/), "torch" (PyTorch's own fused norms) or "composite" (keras.ops).
+        reason: in words.
+    """
 
     kernel: str
     reason: str
 
 
-def choose(geometry: Geometry, *, backend: str, epsilon: float, masked: bool) -> Choice:
-    """Choose the kernel for one call.
+def _check_mode(mode, source: str) -> str:
+    if mode not in MODES:
+        raise ValueError(f"{source}={mode!r} names no kernels; use 'auto', 'native' or 'composite'")
+    return mode
+
+
+_mode = _check_mode(os.environ.get("NORMWISE_KERNELS", "auto"), "NORMWISE_KERNELS")
+
+
+def mode() -> str:
+    """The mode in force."""
+    return _mode
+
+
+class use_kernels:  # noqa: N801 - used as a function, and in a with statement
+    """Choose the kernels for the whole process, or for the length of a with statement.
+
+    Args:
+        mode: "auto" takes the native kernels wherever they can run, "composite" the norms written
+            in keras.ops, and "native" the native kernels or an error that says why not.
+
+    A function that was traced before (jax.jit, tf.function, a compiled model) keeps the kernels
+    that it was traced with. The environment variable NORMWISE_KERNELS sets the mode at the start.
+
+    Raises:
+        ValueError: there is no such mode.
+
+    Example:
+
+    >>> import numpy as np, normwise
+    >>> with normwise.use_kernels("composite"):
+    ...     normwise.explain(normwise.layers.LayerNormalization(), (8, 16)).kernel
+    'composite'
+    """
+
+    def __init__(self, mode: str):
+        global _mode
+        self._before = _mode
+        _mode = _check_mode(mode, "mode")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        global _mode
+        _mode = self._before
+
+
+def choose(geometry: Geometry, *, dtype: str, epsilon: float, masked: bool, x=None) -> Choice:
+    """Choose the kernel for one call on Keras's backend.
 
     Args:
         geometry: of the input.
-        backend: Keras's backend, as `keras.backend.backend()` names it.
+        dtype: that the kernel would read and write.
         epsilon: added to the variance.
         masked: whether the call has a mask.
+        x: the input, None to ask about any that lies on the CPU and is not traced.
+
+    Raises:
+        RuntimeError: the native kernels were asked for and cannot run.
 
     Example:
 
     >>> from normwise import geometry
-    >>> choose(geometry.group((8, 4, 4, 6), groups=3), backend="jax", epsilon=1e-3, masked=False)
-    Choice(kernel='composite', reason='jax has no kernel of its own for this norm')
+    >>> plan = geometry.layer((8, 4, 4, 6), axis=(1, 3))
+    >>> choose(plan, dtype="float32", epsilon=1e-3, masked=False).kernel
+    'composite'
     """
-    if backend != "torch":
-        return Choice("composite", f"{backend} has no kernel of its own for this norm")
-    if masked:
-        return Choice("composite", "torch's fused norms take no mask")
-    if epsilon == 0:
-        return Choice("composite", "torch's fused norms give NaN for equal elements at epsilon 0")
-    if 0 in geometry.shape:
-        return Choice("composite", "torch's fused norms give NaN gradients for empty inputs")
-    if geometry.trailing:
-        return Choice("torch", "the sets are whole trailing axes, one fused call in torch")
-    if geometry.per == ("outer", "groups"):
-        return Choice("torch", "the sets are groups of channels, one fused call in torch")
-    return Choice("composite", "torch has no fused norm over these axes")
+    if _mode == "composite":
+        return Choice("composite", "use_kernels('composite') is in force")
+    backend = keras.backend.backend()
+    obstacle = "the native kernels take no mask" if masked else library.obstacle(geometry, dtype)
+    if obstacle is None and x is not None:
+        obstacle = kernels.obstacle(backend)(x)
+    if obstacle is None:
+        return Choice("native", "the native kernels can take it")
+    if _mode == "native":
+        raise RuntimeError(
+            f"use_kernels('native') is in force, but {obstacle}; use_kernels('auto') takes the "
+            "next best kernel here"
+        )
+    if backend == "torch" and _torch_is_right(geometry, epsilon, masked):
+        return Choice("torch", f"torch's own fused norm, since {obstacle}")
+    return Choice("composite", obstacle)
+
+
+def _torch_is_right(geometry: Geometry, epsilon: float, masked: bool) -> bool:
+    # torch's norms take no mask, and give NaN for equal elements at epsilon 0 and NaN gradients for
+    # empty inputs. They know trailing axes and groups of channels.
+    return (
+        not masked
+        and epsilon > 0
+        and 0 not in geometry.shape
+        and (geometry.trailing or geometry.per == ("outer", "groups"))
+    )

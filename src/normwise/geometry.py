@@ -123,7 +123,8 @@ def group(
 
     Reference: Wu and He, Group Normalization, 2018, https://arxiv.org/abs/1803.08494
     """
-    return _group(_as_shape(shape), check_channel_axis(axis), check_groups(groups))
+    axis = check_channel_axis(axis)
+    return _group(_as_shape(shape, (axis,)), axis, check_groups(groups))
 
 
 def layer(shape: Iterable[int | None], axis: int | Iterable[int] = -1) -> Geometry:
@@ -140,7 +141,8 @@ def layer(shape: Iterable[int | None], axis: int | Iterable[int] = -1) -> Geomet
     Reference: Ba et al., Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
     """
     axis = check_axes(axis)
-    return _layer(_as_shape(shape), (axis,) if isinstance(axis, int) else axis)
+    axes = (axis,) if isinstance(axis, int) else axis
+    return _layer(_as_shape(shape, axes), axes)
 
 
 def batch(shape: Iterable[int | None], axis: int = -1) -> Geometry:
@@ -259,9 +261,21 @@ def _layer(shape: Shape, axis: tuple[int, ...]) -> Geometry:
     )
 
 
-def _as_shape(shape: Iterable[int | None]) -> Shape:
-    """A shape of ints, None where the extent is a symbol that only the call will know."""
-    shape = tuple(int(e) if isinstance(e, numbers.Integral) else None for e in shape)
+def _as_shape(shape: Iterable[int | None], axes: Iterable[int] = ()) -> Shape:
+    """A shape of ints, None where the extent is a symbol that only the call will know.
+
+    PyTorch's tracer counts every extent in a tensor. Those on `axes`, which gamma and beta span,
+    are as fixed as a weight; the others stay open.
+    """
+    shape = tuple(shape)
+    if not all(type(e) is int for e in shape):
+        fixed = {axis + len(shape) if axis < 0 else axis for axis in axes}
+        shape = tuple(
+            int(e)
+            if isinstance(e, numbers.Integral) or (axis in fixed and hasattr(e, "item"))
+            else None
+            for axis, e in enumerate(shape)
+        )
     if len(shape) < 2:
         raise ValueError(
             f"shape {shape} has rank {len(shape)}, but a norm needs a batch axis and at least one "

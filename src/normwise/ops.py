@@ -19,8 +19,8 @@ import numbers
 
 import keras
 
-from normwise import dispatch, geometry
-from normwise.kernels import KERNELS
+from normwise import dispatch, geometry, kernels
+from normwise.kernels import library
 
 __all__ = ["group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -264,24 +264,30 @@ class _Norm(keras.Operation):
         x = keras.ops.convert_to_tensor(x)
         dtype, arithmetic = _result_and_arithmetic_dtype(x, dtype)
         plan = cls.geometry(x.shape, **where)
-        gamma, beta = (
-            p if p is None else keras.ops.convert_to_tensor(p, dtype=arithmetic)
-            for p in (gamma, beta)
-        )
+        gamma, beta = (_parameter(p, arithmetic) for p in (gamma, beta))
         mask = mask if mask is None else keras.ops.convert_to_tensor(mask)
         _check_shapes(plan, gamma, beta, mask)
+        given = keras.backend.standardize_dtype(x.dtype)
+        through = kernel_dtype(given, dtype)
+        choice = dispatch.choose(plan, dtype=through, epsilon=epsilon, masked=mask is not None, x=x)
         options = {"epsilon": epsilon, "centred": cls.centred}
+        activation = keras.activations.get(activation)
+        if choice.kernel == "native":
+            fused = library.activation(activation)
+            if fused is not None:
+                options["activation"], activation = fused, None
+        else:
+            through = arithmetic
         if mask is not None:
             trailing = (1,) * (len(x.shape) - len(mask.shape))
             mask = keras.ops.reshape(mask, keras.ops.shape(mask) + trailing)
             options["mask"] = keras.ops.cast(mask, "bool")
-        choice = dispatch.choose(
-            plan, backend=keras.backend.backend(), epsilon=epsilon, masked=mask is not None
-        )
-        x = keras.ops.cast(x, arithmetic)
-        y = KERNELS[choice.kernel].normalize(x, gamma, beta, plan, **options)
-        y = keras.ops.cast(y, dtype)
-        activation = keras.activations.get(activation)
+        if given != through:
+            x = keras.ops.cast(x, through)
+        normalize = kernels.find(choice.kernel, keras.backend.backend())
+        y = normalize(x, gamma, beta, plan, **options)
+        if through != dtype:
+            y = keras.ops.cast(y, dtype)
         return y if activation is None else activation(y)
 
 
@@ -314,6 +320,29 @@ class RMSNorm(_Norm):
     centred = False
 
 
+_OPERATIONS = {
+    group_norm: GroupNorm,
+    instance_norm: InstanceNorm,
+    layer_norm: LayerNorm,
+    rms_norm: RMSNorm,
+}
+
+
+def geometry_of(function, shape, **where) -> geometry.Geometry:
+    """The geometry that one of this module's functions reads a shape by, given groups and axis."""
+    if function not in _OPERATIONS:
+        raise TypeError(f"{function!r} is no norm; pass a function of normwise.ops, or a layer")
+    defaults = {"axis": -1, **({"groups": 32} if function is group_norm else {})}
+    return _OPERATIONS[function].geometry(shape, **{**defaults, **where})
+
+
+def kernel_dtype(given: str, result: str) -> str:
+    """The one dtype that a kernel reads and writes, for an input and a result of these."""
+    if given == result:
+        return given
+    return "float64" if "float64" in (given, result) else "float32"
+
+
 def _result_and_arithmetic_dtype(x, dtype) -> tuple[str, str]:
     """The dtype of the result, and the one to calculate in."""
     given = check_dtype(x)
@@ -327,9 +356,20 @@ def _result_and_arithmetic_dtype(x, dtype) -> tuple[str, str]:
     return dtype, "float64" if "float64" in (given, dtype) else "float32"
 
 
+def _parameter(value, dtype: str):
+    """Gamma or beta as a tensor of this dtype. Of a tiny norm's 25 us it took Keras 6 to find out
+    that they are.
+    """
+    if value is None or (
+        keras.ops.is_tensor(value) and keras.backend.standardize_dtype(value.dtype) == dtype
+    ):
+        return value
+    return keras.ops.convert_to_tensor(value, dtype=dtype)
+
+
 def _check_shapes(plan: geometry.Geometry, gamma, beta, mask):
     for name, parameter in (("gamma", gamma), ("beta", beta)):
-        shape = None if parameter is None else tuple(keras.ops.shape(parameter))
+        shape = None if parameter is None else tuple(parameter.shape)
         if shape is not None and not _fits(shape, plan.parameter_shape):
             raise ValueError(
                 f"{name} has shape {shape}, but axis {list(plan.parameter_axes)} of shape "
