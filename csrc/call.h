@@ -12,6 +12,7 @@ struct Call {
   void *y, *statistics;
   const void* dy;
   void *dx, *dgamma, *dbeta;
+  bool from_memory;  // more is read and written than the last cache holds
 };
 
 }  // namespace normwise

@@ -1,12 +1,10 @@
 // Group and instance norm, channels last: x is (outer, before, channels), and a row of memory holds
 // an element of every set.
 //
-// A unit is one outer. Where the channels do not fill vectors, `rows_per_line` rows of x are read
-// as one line: the least number of them that fills whole vectors, and column i of it is channel i %
-// channels. What is left of x after the last whole line is its tail.
-#include <numeric>
-
-#include "window.h"
+// A unit is one outer. Where the channels are few or do not fill packs, some rows of x are read as
+// one line, whose column i is channel i % channels. What is left of x after the last whole line is
+// its tail: a line of fewer columns.
+#include "strips.h"
 
 namespace normwise::NORMWISE_ISA {
 namespace columns {
@@ -17,16 +15,20 @@ constexpr int64_t kPieceBytes = 1 << 18;
 
 template <class T>
 struct Lines {
-  int64_t channels, columns, lines, tail, lines_per_piece;
+  using A = ArithmeticOf<T>;
+
+  int64_t channels, rows_per_line, columns, lines, tail, lines_per_piece;
 
   explicit Lines(const NormwiseNorm& norm) : channels(norm.groups * norm.members) {
-    constexpr int64_t L = kLanes<ArithmeticOf<T>>;
-    // With many channels the part of a vector that each row ends with costs little.
-    const int64_t rows_per_line = channels >= 8 * L ? 1 : L / std::gcd(channels, L);
-    columns = rows_per_line * channels;
+    // Four packs at least, whose sums do not wait for each other; whole packs unless there are
+    // many.
+    const auto fits = [&] {
+      return columns >= 4 * kPack<T> && (columns % kPack<T> == 0 || columns >= 8 * kPack<T>);
+    };
+    for (rows_per_line = 1, columns = channels; !fits(); columns *= 2) rows_per_line *= 2;
     lines = norm.before / rows_per_line;
     tail = norm.before % rows_per_line * channels;
-    lines_per_piece = std::max<int64_t>(kBlockRows, kPieceBytes / (columns * int64_t(sizeof(T))));
+    lines_per_piece = std::max(kBlockRows, kPieceBytes / (columns * int64_t(sizeof(T))));
   }
 
   int64_t pieces() const {
@@ -35,13 +37,38 @@ struct Lines {
   int64_t begin(int64_t piece) const { return piece * lines_per_piece; }
   int64_t count(int64_t piece) const { return std::min(lines_per_piece, lines - begin(piece)); }
   bool has_tail(int64_t piece) const { return tail > 0 && piece == pieces() - 1; }
+  int64_t tail_rows() const { return tail / channels; }
+  int64_t rows(int64_t piece) const {
+    return count(piece) * rows_per_line + (has_tail(piece) ? tail_rows() : 0);
+  }
 
-  // Calls f(start, columns) for the lines of a piece, the tail last.
+  // Repeats the channels, with which an array of `size` columns begins, over all of it, and brings
+  // it into pack order.
+  void spread(A* line, int64_t size) const {
+    for (int64_t filled = channels; filled < size; filled *= 2) {
+      std::copy(line, line + filled, line + filled);
+    }
+    std::fill(line + size, line + padded<T>(size), A(0));
+    to_pack_order<T>(line, padded<T>(size));
+  }
+
+  // The reverse: adds up the columns of each channel.
+  void fold(A* line, int64_t size) const {
+    to_natural_order<T>(line, padded<T>(size));
+    while (size > channels) {
+      size /= 2;
+      for (int64_t i = 0; i < size; ++i) line[i] += line[size + i];
+    }
+  }
+
+  // Calls f(offset, step, columns, count) for strips of lines that cover a piece, `step` elements
+  // apart from each other.
   template <class F>
-  void for_lines(int64_t piece, const F& f) const {
-    const int64_t end = begin(piece) + count(piece);
-    for (int64_t line = begin(piece); line < end; ++line) f(line * columns, columns);
-    if (has_tail(piece)) f(lines * columns, tail);
+  void for_strips_of(int64_t piece, const F& f) const {
+    for_strips<kWrittenRows>(count(piece), [&](int64_t line, int64_t step, auto count) {
+      f((begin(piece) + line) * columns, step * columns, columns, count);
+    });
+    if (has_tail(piece)) f(lines * columns, 0, tail, std::integral_constant<int, 1>());
   }
 };
 
@@ -51,23 +78,105 @@ Split split_columns(const NormwiseNorm& norm, int64_t pieces) {
   return {norm.outer, pieces, unit_elements, std::max((norm.outer + 63) / 64, least)};
 }
 
-// Calls f(group, channel, column) for every column of a line, group by group.
+// Calls f with the number of channels that a group has: as a constant where that is 1, for instance
+// norm, so that loops over groups become vectors.
 template <class F>
-inline void for_columns(const NormwiseNorm& norm, int64_t columns, const F& f) {
-  const int64_t channels = norm.groups * norm.members;
-  for (int64_t group = 0; group < norm.groups; ++group) {
-    for (int64_t channel = group * norm.members; channel < (group + 1) * norm.members; ++channel) {
-      for (int64_t column = channel; column < columns; column += channels)
-        f(group, channel, column);
+inline void with_members(int64_t members, const F& f) {
+  members == 1 ? f(std::integral_constant<int64_t, 1>()) : f(members);
+}
+
+// Some of the columns, few enough for the first cache to hold their sums over some lines: all
+// columns, or those of whole groups, or some of one group. Group by group these are sums of the
+// deviations d from a centre and of d^2.
+template <class T>
+class Window {
+ public:
+  using A = ArithmeticOf<T>;
+
+  Window(const Lines<T>& shape, const NormwiseNorm& norm, int64_t first)
+      : shape_(shape), first_(first), group_(first / norm.members) {
+    const int64_t whole_groups = kWindow / norm.members * norm.members;
+    const int64_t rest_of_group = (group_ + 1) * norm.members - first;
+    const int64_t most = shape.columns <= kWindow ? kWindow
+                         : whole_groups > 0       ? whole_groups
+                                                  : std::min(kWindow, rest_of_group);
+    columns_ = std::min(most, shape.columns - first);
+    members_ = std::min(norm.members, columns_);
+    groups_ = std::min(columns_, shape.channels) / members_;
+    earlier_ = first - group_ * norm.members;
+    std::fill(centres_, centres_ + groups_, 0.0);
+  }
+
+  int64_t end() const { return first_ + columns_; }
+  int64_t group() const { return group_; }
+  // How many elements of each group come before `rows` rows of a piece of `all` rows.
+  int64_t elements_before(int64_t rows, int64_t all) const {
+    return rows * members_ + all * earlier_;
+  }
+
+  // Sums up some lines of x, and the tail if it is not null.
+  void measure(const T* x, int64_t lines, const T* tail) {
+    A line[kWindow], sums[kWindow], squares[kWindow];
+    with_members(members_, [&](auto members) {
+      for (int64_t group = 0; group < groups_; ++group) {
+        for (int64_t i = 0; i < members; ++i) line[group * members + i] = A(centres_[group]);
+      }
+    });
+    shape_.spread(line, columns_);
+    for (A* each : {sums, squares}) std::fill(each, each + padded<T>(columns_), A(0));
+    add_moments(x + first_, shape_.columns, lines, columns_, line, sums, squares);
+    if (tail != nullptr) add_moments(tail, 0, 1, shape_.tail, line, sums, squares);
+    for (A* each : {sums, squares}) shape_.fold(each, columns_);
+    with_members(members_, [&](auto members) {
+      for (int64_t group = 0; group < groups_; ++group) {
+        double sum = 0, square = 0;
+        for (int64_t i = group * members; i < (group + 1) * members; ++i) {
+          sum += double(sums[i]);
+          square += double(squares[i]);
+        }
+        sums_[group] = sum;
+        squares_[group] = square;
+      }
+    });
+  }
+
+  // Centres each group at its mean so far.
+  void centre(const double* means) {
+    for (int64_t group = 0; group < groups_; ++group) centres_[group] = double(A(means[group]));
+  }
+
+  // Centres each group at the mean of its first few lines, and for these at the first element.
+  void look(const T* x, int64_t lines, const T* tail) {
+    for (int64_t group = 0; group < groups_; ++group) {
+      centres_[group] = double(first_of(x + first_ + group * members_));
+    }
+    const int64_t per_line = shape_.rows_per_line * members_;
+    const int64_t enough = enough_for_centre(kBlockRows * per_line);
+    const int64_t few = std::min(lines, (enough + per_line - 1) / per_line);
+    measure(x, few, few == 0 ? tail : nullptr);
+    const int64_t rows = few == 0 ? shape_.tail_rows() : few * shape_.rows_per_line;
+    const double inverse = 1 / double(rows * members_);
+    for (int64_t group = 0; group < groups_; ++group) {
+      centres_[group] = double(A(centres_[group] + sums_[group] * inverse));
     }
   }
-}
+
+  // Adds the `rows` rows that were measured to what each group has of `before` elements.
+  void add_to(double* means, double* squares, int64_t before, int64_t rows, bool centred) const {
+    add_block(groups_, double(before), double(rows * members_), centred, centres_, sums_, squares_,
+              means, squares);
+  }
+
+ private:
+  const Lines<T>& shape_;
+  int64_t first_, columns_;
+  int64_t group_, groups_, members_, earlier_;  // members_ and earlier_ are those of one group
+  double centres_[kWindow], sums_[kWindow], squares_[kWindow];
+};
 
 template <class T, Kind kind>
 struct Forward {
   using A = ArithmeticOf<T>;
-  static constexpr int64_t kUnitsAtOnce = 1;
-  static constexpr int L = kLanes<A>;
 
   Tensors<T> tensors;
   Lines<T> shape;
@@ -77,106 +186,98 @@ struct Forward {
       : tensors(call), shape(call.norm), split(split_columns(call.norm, shape.pieces())) {}
 
   struct Scratch {
-    std::vector<double> means, squares;  // of every column of a piece, piece by piece
-    std::vector<A> tail;
-    std::vector<A> mean, scale, shift;  // y = (x - mean) * scale + shift, per column
+    std::vector<double> means, squares;  // of every group, piece by piece
+    std::vector<A> mean, scale, shift;   // y = (x - mean) * scale + shift, per column
 
     explicit Scratch(const Forward& job)
-        : means(size_t(job.split.pieces * job.shape.columns)),
+        : means(size_t(job.split.pieces * job.tensors.norm.groups)),
           squares(means.size()),
-          tail(size_t(job.shape.tail + L)),
-          mean(size_t(job.shape.columns + L)),
+          mean(size_t(padded<T>(job.shape.columns))),
           scale(mean.size()),
           shift(mean.size()) {}
   };
 
   void prepare(int64_t, Scratch&) const {}
 
+  // Block by block, each read once: what is summed up are the deviations from the mean so far.
   void gather(int64_t unit, int64_t piece, int64_t, Scratch& scratch) const {
-    column_moments(tensors.x + unit * split.unit_elements + shape.begin(piece) * shape.columns,
-                   shape.columns, shape.count(piece), shape.columns, tensors.norm.centred != 0,
-                   scratch.means.data() + piece * shape.columns,
-                   scratch.squares.data() + piece * shape.columns);
+    const T* x = tensors.x + unit * split.unit_elements;
+    const bool centred = tensors.norm.centred != 0;
+    const int64_t end = shape.begin(piece) + shape.count(piece);
+    for (int64_t first = 0; first < shape.columns;) {
+      Window<T> window(shape, tensors.norm, first);
+      double* means = scratch.means.data() + piece * tensors.norm.groups + window.group();
+      double* squares = scratch.squares.data() + piece * tensors.norm.groups + window.group();
+      int64_t line = shape.begin(piece), rows_before = 0;
+      do {
+        const int64_t lines = std::min(kBlockRows, end - line);
+        const bool has_tail = shape.has_tail(piece) && line + lines == end;
+        const T* block = x + line * shape.columns;
+        const T* tail = has_tail ? x + shape.lines * shape.columns : nullptr;
+        const int64_t before = window.elements_before(rows_before, shape.rows(piece));
+        if (centred) before > 0 ? window.centre(means) : window.look(block, lines, tail);
+        window.measure(block, lines, tail);
+        const int64_t rows = lines * shape.rows_per_line + (has_tail ? shape.tail_rows() : 0);
+        window.add_to(means, squares, before, rows, centred);
+        rows_before += rows;
+        line += lines;
+      } while (line < end);
+      first = window.end();
+    }
   }
 
   void settle(int64_t unit, int64_t, Scratch& scratch) const {
     const NormwiseNorm& norm = tensors.norm;
-    const T* tail = tensors.x + unit * split.unit_elements + shape.lines * shape.columns;
-    A* statistics = tensors.statistics + unit * 2 * norm.groups;
-    for (int64_t i = 0; i < shape.tail; i += L) {
-      const int lanes = int(std::min<int64_t>(L, shape.tail - i));
-      store(scratch.tail.data() + i, load(tail + i, lanes));
+    const int64_t groups = norm.groups;
+    double *means = scratch.means.data(), *squares = scratch.squares.data();
+    double count = double(shape.rows(0) * norm.members);
+    for (int64_t piece = 1; piece < split.pieces; ++piece) {
+      const double more = double(shape.rows(piece) * norm.members);
+      merge(groups, count, more, means, squares, [&](int64_t i) {
+        return std::array<double, 2>{means[piece * groups + i], squares[piece * groups + i]};
+      });
+      count += more;
     }
-
-    // All parts of a set are few, so their means are averaged at once: the first is subtracted, and
-    // equal means thus give exactly that mean.
-    for (int64_t group = 0; group < norm.groups; ++group) {
-      const auto for_parts = [&](const auto& f) {
-        for (int64_t channel = group * norm.members; channel < (group + 1) * norm.members;
-             ++channel) {
-          for (int64_t column = channel; column < shape.columns; column += shape.channels) {
-            for (int64_t piece = 0; piece < split.pieces; ++piece) {
-              const int64_t at = piece * shape.columns + column;
-              const double count = double(shape.count(piece));
-              if (count > 0) f(count, scratch.means[size_t(at)], scratch.squares[size_t(at)]);
-            }
-            if (column < shape.tail) {
-              const double value = double(scratch.tail[size_t(column)]);
-              norm.centred ? f(1.0, value, 0.0) : f(1.0, 0.0, value * value);
-            }
-          }
+    A* statistics = tensors.statistics + unit * 2 * groups;
+    for (int64_t i = 0; i < groups; ++i) statistics[i] = A(means[i]);
+    for (int64_t i = 0; i < groups; ++i) {
+      statistics[groups + i] = A(inverse_root(squares[i] / count, norm.epsilon));
+    }
+    with_members(norm.members, [&](auto members) {
+      for (int64_t group = 0; group < groups; ++group) {
+        const A inv_std = statistics[groups + group];
+        const A rest = A(double(statistics[group]) - means[group]);
+        for (int64_t i = group * members; i < (group + 1) * members; ++i) {
+          scratch.mean[size_t(i)] = statistics[group];
+          scratch.scale[size_t(i)] = inv_std * tensors.gamma_at(i);
+          scratch.shift[size_t(i)] = tensors.beta_at(i) + rest * scratch.scale[size_t(i)];
         }
-      };
-      double count = 0, first = 0, sum = 0, squares = 0;
-      for_parts([&](double part, double mean, double part_squares) {
-        if (count == 0) first = mean;
-        count += part;
-        sum += part * (mean - first);
-        squares += part_squares;
-      });
-      const double mean = first + sum / count;
-      for_parts([&](double part, double part_mean, double) {
-        squares += part * ((part_mean - mean) * (part_mean - mean));
-      });
-      const double inv_std = inverse_root(squares / count, norm.epsilon);
-      const A rounded = A(mean);
-      statistics[group] = rounded;
-      statistics[norm.groups + group] = A(inv_std);
-      for (int64_t channel = group * norm.members; channel < (group + 1) * norm.members;
-           ++channel) {
-        const size_t at = size_t(channel);
-        scratch.mean[at] = rounded;
-        scratch.scale[at] = A(inv_std) * tensors.gamma_at(channel);
-        scratch.shift[at] =
-            tensors.beta_at(channel) + A(double(rounded) - mean) * scratch.scale[at];
       }
-    }
-    for (auto* row : {&scratch.mean, &scratch.scale, &scratch.shift}) {
-      for (int64_t at = shape.channels; at < shape.columns; ++at) {
-        (*row)[size_t(at)] = (*row)[size_t(at - shape.channels)];
-      }
+    });
+    for (auto* line : {&scratch.mean, &scratch.scale, &scratch.shift}) {
+      shape.spread(line->data(), shape.columns);
     }
   }
 
   void apply(int64_t unit, int64_t piece, const Scratch& scratch) const {
     const T* x = tensors.x + unit * split.unit_elements;
     T* y = tensors.y + unit * split.unit_elements;
-    const int code = tensors.norm.activation;
-    const A *mean = scratch.mean.data(), *scale = scratch.scale.data(),
-            *shift = scratch.shift.data();
-    shape.for_lines(piece, [&](int64_t offset, int64_t columns) {
-      const auto calculate = [&](Vec<A> v, int64_t column) {
-        const Vec<A> z = (v - load(mean + column)) * load(scale + column) + load(shift + column);
-        return activate<kind, A>(z, code, tensors.slope);
-      };
-      int64_t column = 0;
-      for (; column + L <= columns; column += L) {
-        store(y + offset + column, calculate(load(x + offset + column), column));
-      }
-      if (column < columns) {
-        const int lanes = int(columns - column);
-        store(y + offset + column, calculate(load(x + offset + column, lanes), column), lanes);
-      }
+    shape.for_strips_of(piece, [&](int64_t offset, int64_t step, int64_t columns, auto count) {
+      constexpr int K = count;
+      for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
+        const Pack<T> mean = read<T>(scratch.mean.data() + column);
+        const Pack<T> scale = read<T>(scratch.scale.data() + column);
+        const Pack<T> shift = read<T>(scratch.shift.data() + column);
+        // All are loaded before one is stored: the CPU takes a load for dependent on a store whose
+        // address has the same last 12 bits, as rows that are a power of two apart have.
+        Pack<T> v[K];
+        for (int k = 0; k < K; ++k) v[k] = load(x + offset + k * step + column, lanes...);
+        for (int k = 0; k < K; ++k) {
+          const Pack<T> z = (v[k] - mean) * scale + shift;
+          store(y + offset + k * step + column,
+                activate<kind>(z, tensors.norm.activation, tensors.slope), lanes...);
+        }
+      });
     });
   }
 };
@@ -184,8 +285,6 @@ struct Forward {
 template <class T, Kind kind>
 struct Backward {
   using A = ArithmeticOf<T>;
-  static constexpr int64_t kUnitsAtOnce = 1;
-  static constexpr int L = kLanes<A>;
 
   Tensors<T> tensors;
   Lines<T> shape;
@@ -200,16 +299,16 @@ struct Backward {
                      call.dgamma != nullptr || call.dbeta != nullptr) {}
 
   struct Scratch {
-    // Per piece the sums of dz and of dz * (x - mean), column by column.
+    // Per piece the sums of dz and of dz * (x - mean), channel by channel.
     std::vector<double> dz, dzx;
     // Per column xhat = (x - mean) * inv_std, z = xhat * gamma + beta, and
     // dx = dz * factor - (offset + xhat * pull).
     std::vector<A> mean, inv_std, gamma, beta, factor, offset, pull;
 
     explicit Scratch(const Backward& job)
-        : dz(size_t(job.split.pieces * job.shape.columns)),
+        : dz(size_t(job.split.pieces * job.shape.channels)),
           dzx(dz.size()),
-          mean(size_t(job.shape.columns + L)),
+          mean(size_t(padded<T>(job.shape.columns))),
           inv_std(mean.size()),
           gamma(mean.size()),
           beta(mean.size()),
@@ -220,81 +319,90 @@ struct Backward {
 
   // What the statistics and parameters say of each column, before any sum is known.
   void prepare(int64_t unit, Scratch& scratch) const {
-    const A* statistics = tensors.statistics + unit * 2 * tensors.norm.groups;
-    for_columns(tensors.norm, shape.columns, [&](int64_t group, int64_t channel, int64_t column) {
-      const size_t at = size_t(column);
-      scratch.mean[at] = statistics[group];
-      scratch.inv_std[at] = statistics[tensors.norm.groups + group];
-      scratch.gamma[at] = tensors.gamma_at(channel);
-      scratch.beta[at] = tensors.beta_at(channel);
-    });
+    const int64_t groups = tensors.norm.groups, members = tensors.norm.members;
+    const A* statistics = tensors.statistics + unit * 2 * groups;
+    for (int64_t i = 0; i < shape.channels; ++i) {
+      const size_t channel = size_t(i);
+      scratch.mean[channel] = statistics[i / members];
+      scratch.inv_std[channel] = statistics[groups + i / members];
+      scratch.gamma[channel] = tensors.gamma_at(i);
+      scratch.beta[channel] = tensors.beta_at(i);
+    }
+    for (auto* line : {&scratch.mean, &scratch.inv_std, &scratch.gamma, &scratch.beta}) {
+      shape.spread(line->data(), shape.columns);
+    }
     std::fill(scratch.dz.begin(), scratch.dz.end(), 0.0);
     std::fill(scratch.dzx.begin(), scratch.dzx.end(), 0.0);
   }
 
   // The gradient with respect to what the activation was given; x is already without its mean.
-  Vec<A> gradient(Vec<A> dy, Vec<A> deviation, int64_t column, const Scratch& scratch) const {
+  Pack<T> gradient(Pack<T> dy, Pack<T> deviation, int64_t column, const Scratch& scratch) const {
     if constexpr (kind == Kind::kIdentity) return dy;
-    const Vec<A> xhat = deviation * load(scratch.inv_std.data() + column);
-    const Vec<A> z =
-        xhat * load(scratch.gamma.data() + column) + load(scratch.beta.data() + column);
-    return deactivate<kind, A>(dy, z, tensors.norm.activation, tensors.slope);
-  }
-
-  // Adds the sums over some rows of a unit, `offset` elements from its start.
-  void add(int64_t unit, int64_t offset, int64_t rows, int64_t columns, int64_t piece,
-           Scratch& scratch) const {
-    const T* x = tensors.x + unit * split.unit_elements + offset;
-    const T* dy = tensors.dy + unit * split.unit_elements + offset;
-    double* dz_sums = scratch.dz.data() + piece * shape.columns;
-    double* dzx_sums = scratch.dzx.data() + piece * shape.columns;
-    for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
-      const int64_t end = std::min(rows, begin + kBlockRows);
-      for_windows<A>(columns, [&](int64_t column, auto vectors, int lanes) {
-        constexpr int V = vectors;
-        Vec<A> mean[V], dz[V] = {}, dzx[V] = {};
-        for (int v = 0; v < V; ++v) mean[v] = load(scratch.mean.data() + column + v * L);
-        for (int64_t row = begin; row < end; ++row) {
-          const int64_t at = row * shape.columns + column;
-          for (int v = 0; v < V; ++v) {
-            const Vec<A> deviation = load_lanes<V>(x + at + v * L, lanes) - mean[v];
-            const Vec<A> g =
-                gradient(load_lanes<V>(dy + at + v * L, lanes), deviation, column + v * L, scratch);
-            dz[v] += g;
-            dzx[v] += g * deviation;
-          }
-        }
-        A sums[2][V * L];
-        for (int v = 0; v < V; ++v) store(sums[0] + v * L, dz[v]);
-        for (int v = 0; v < V; ++v) store(sums[1] + v * L, dzx[v]);
-        const int used = (V - 1) * L + lanes;
-        for (int i = 0; i < used; ++i) dz_sums[column + i] += double(sums[0][i]);
-        for (int i = 0; i < used; ++i) dzx_sums[column + i] += double(sums[1][i]);
-      });
-    }
+    const Pack<T> xhat = deviation * read<T>(scratch.inv_std.data() + column);
+    const Pack<T> z =
+        xhat * read<T>(scratch.gamma.data() + column) + read<T>(scratch.beta.data() + column);
+    return deactivate<kind>(dy, z, tensors.norm.activation, tensors.slope);
   }
 
   void gather(int64_t unit, int64_t piece, int64_t, Scratch& scratch) const {
-    add(unit, shape.begin(piece) * shape.columns, shape.count(piece), shape.columns, piece,
-        scratch);
-    if (shape.has_tail(piece))
-      add(unit, shape.lines * shape.columns, 1, shape.tail, piece, scratch);
+    const int64_t start = unit * split.unit_elements;
+    A dz[kWindow], dzx[kWindow];
+    // Adds the sums over some lines, `offset` elements from the start of the unit.
+    const auto add = [&](int64_t offset, int64_t lines, int64_t first, int64_t columns) {
+      const T *x = tensors.x + start + offset, *dy = tensors.dy + start + offset;
+      for_strips<kReadRows>(lines, [&](int64_t line, int64_t step, auto count) {
+        for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
+          const Pack<T> mean = read<T>(scratch.mean.data() + first + column);
+          Pack<T> dz_sum = read<T>(dz + column), dzx_sum = read<T>(dzx + column);
+          for (int k = 0; k < count; ++k) {
+            const int64_t at = (line + k * step) * shape.columns + first + column;
+            const Pack<T> deviation = load(x + at, lanes...) - mean;
+            Pack<T> g = gradient(load(dy + at, lanes...), deviation, first + column, scratch);
+            Pack<T> gx = g * deviation;
+            if constexpr (sizeof...(lanes) == 1) {
+              g = keep(g, lanes...);
+              gx = keep(gx, lanes...);
+            }
+            dz_sum += g;
+            dzx_sum += gx;
+          }
+          write<T>(dz + column, dz_sum);
+          write<T>(dzx + column, dzx_sum);
+        });
+      });
+    };
+    const int64_t end = shape.begin(piece) + shape.count(piece);
+    for (int64_t first = 0; first < shape.columns; first += kWindow) {
+      const int64_t columns = std::min(kWindow, shape.columns - first);
+      const int64_t channels = std::min(columns, shape.channels);
+      int64_t line = shape.begin(piece);
+      do {
+        const int64_t lines = std::min(kBlockRows, end - line);
+        for (A* sums : {dz, dzx}) std::fill(sums, sums + padded<T>(columns), A(0));
+        add(line * shape.columns, lines, first, columns);
+        line += lines;
+        if (shape.has_tail(piece) && line == end) add(line * shape.columns, 1, 0, shape.tail);
+        for (A* sums : {dz, dzx}) shape.fold(sums, columns);
+        const size_t of_piece = size_t(piece * shape.channels + first);
+        for (int64_t i = 0; i < channels; ++i) scratch.dz[of_piece + size_t(i)] += double(dz[i]);
+        for (int64_t i = 0; i < channels; ++i) scratch.dzx[of_piece + size_t(i)] += double(dzx[i]);
+      } while (line < end);
+    }
   }
 
-  void settle(int64_t, int64_t chunk, Scratch& scratch) const {
+  void settle(int64_t unit, int64_t chunk, Scratch& scratch) const {
     const NormwiseNorm& norm = tensors.norm;
+    const A* statistics = tensors.statistics + unit * 2 * norm.groups;
     const double size = double(norm.before * norm.members);
     for (int64_t group = 0; group < norm.groups; ++group) {
-      const double inv_std = double(scratch.inv_std[size_t(group * norm.members)]);
+      const double inv_std = double(statistics[norm.groups + group]);
       double g_sum = 0, gx_sum = 0;  // of g = gamma * dz, and of g * xhat
       const int64_t begin = group * norm.members, end = begin + norm.members;
       for (int64_t channel = begin; channel < end; ++channel) {
         double dz = 0, dzx = 0;
         for (int64_t piece = 0; piece < split.pieces; ++piece) {
-          for (int64_t column = channel; column < shape.columns; column += shape.channels) {
-            dz += scratch.dz[size_t(piece * shape.columns + column)];
-            dzx += scratch.dzx[size_t(piece * shape.columns + column)];
-          }
+          dz += scratch.dz[size_t(piece * shape.channels + channel)];
+          dzx += scratch.dzx[size_t(piece * shape.channels + channel)];
         }
         dzx *= inv_std;
         if (accumulators.wanted()) {
@@ -305,15 +413,16 @@ struct Backward {
         g_sum += gamma * dz;
         gx_sum += gamma * dzx;
       }
-      const double offset = norm.centred ? inv_std * g_sum / size : 0;
-      for (int64_t channel = begin; channel < end; ++channel) {
-        for (int64_t column = channel; column < shape.columns; column += shape.channels) {
-          const size_t at = size_t(column);
-          scratch.factor[at] = A(inv_std) * scratch.gamma[at];
-          scratch.offset[at] = A(offset);
-          scratch.pull[at] = A(inv_std * gx_sum / size);
-        }
+      const A offset = norm.centred ? A(inv_std * g_sum / size) : A(0);
+      for (int64_t i = begin; i < end; ++i) {
+        const size_t channel = size_t(i);
+        scratch.factor[channel] = A(inv_std) * tensors.gamma_at(i);
+        scratch.offset[channel] = offset;
+        scratch.pull[channel] = A(inv_std * gx_sum / size);
       }
+    }
+    for (auto* line : {&scratch.factor, &scratch.offset, &scratch.pull}) {
+      shape.spread(line->data(), shape.columns);
     }
   }
 
@@ -321,26 +430,25 @@ struct Backward {
     const T* x = tensors.x + unit * split.unit_elements;
     const T* dy = tensors.dy + unit * split.unit_elements;
     T* dx = tensors.dx + unit * split.unit_elements;
-    const A *mean = scratch.mean.data(), *inv_std = scratch.inv_std.data();
-    const A *factor = scratch.factor.data(), *offset = scratch.offset.data();
-    const A* pull = scratch.pull.data();
-    shape.for_lines(piece, [&](int64_t start, int64_t columns) {
-      const auto calculate = [&](Vec<A> x_lanes, Vec<A> dy_lanes, int64_t column) {
-        const Vec<A> deviation = x_lanes - load(mean + column);
-        const Vec<A> dz = gradient(dy_lanes, deviation, column, scratch);
-        const Vec<A> xhat = deviation * load(inv_std + column);
-        return dz * load(factor + column) - (load(offset + column) + xhat * load(pull + column));
-      };
-      int64_t column = 0;
-      for (; column + L <= columns; column += L) {
-        const int64_t at = start + column;
-        store(dx + at, calculate(load(x + at), load(dy + at), column));
-      }
-      if (column < columns) {
-        const int64_t at = start + column;
-        const int lanes = int(columns - column);
-        store(dx + at, calculate(load(x + at, lanes), load(dy + at, lanes), column), lanes);
-      }
+    shape.for_strips_of(piece, [&](int64_t offset, int64_t step, int64_t columns, auto count) {
+      constexpr int K = count;
+      for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
+        const Pack<T> mean = read<T>(scratch.mean.data() + column);
+        const Pack<T> inv_std = read<T>(scratch.inv_std.data() + column);
+        const Pack<T> factor = read<T>(scratch.factor.data() + column);
+        const Pack<T> all = read<T>(scratch.offset.data() + column);
+        const Pack<T> pull = read<T>(scratch.pull.data() + column);
+        Pack<T> deviation[K], dz[K];
+        for (int k = 0; k < K; ++k) {
+          const int64_t at = offset + k * step + column;
+          deviation[k] = load(x + at, lanes...) - mean;
+          dz[k] = gradient(load(dy + at, lanes...), deviation[k], column, scratch);
+        }
+        for (int k = 0; k < K; ++k) {
+          store(dx + offset + k * step + column,
+                dz[k] * factor - (all + deviation[k] * inv_std * pull), lanes...);
+        }
+      });
     });
   }
 

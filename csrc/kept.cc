@@ -3,7 +3,7 @@
 //
 // A unit is a tile of neighbouring columns of one outer, narrow enough to stay in a core's cache
 // from one pass to the next.
-#include "window.h"
+#include "strips.h"
 
 namespace normwise::NORMWISE_ISA {
 namespace kept {
@@ -12,14 +12,12 @@ constexpr int64_t kTileBytes = 1 << 18;
 
 template <class T>
 struct Tiles {
-  static constexpr int64_t kWindow = kWindowVectors * kLanes<ArithmeticOf<T>>;
-
   int64_t members, after, width, per_outer;
 
   explicit Tiles(const NormwiseNorm& norm) : members(norm.members), after(norm.after) {
+    constexpr int64_t kStep = 4 * kPack<T>;
     const int64_t fitting = kTileBytes / int64_t(sizeof(T)) / members;
-    width = std::max<int64_t>(1, fitting / kWindow) * kWindow;
-    width = std::min(width, after);
+    width = std::min(std::clamp(fitting / kStep * kStep, kStep, kWindow), after);
     per_outer = (after + width - 1) / width;
   }
 
@@ -39,8 +37,6 @@ struct Tiles {
 template <class T, Kind kind>
 struct Forward {
   using A = ArithmeticOf<T>;
-  static constexpr int64_t kUnitsAtOnce = 1;
-  static constexpr int L = kLanes<A>;
 
   Tensors<T> tensors;
   Tiles<T> tiles;
@@ -49,66 +45,109 @@ struct Forward {
   explicit Forward(const Call& call)
       : tensors(call), tiles(call.norm), split(tiles.split(call.norm)) {}
 
+  // All per column, and in pack order.
   struct Scratch {
-    std::vector<double> means, squares;
-    std::vector<A> mean, inv_std, rest;  // xhat = (x - mean) * inv_std + rest, per column
+    std::vector<A> centre, sum, square;  // of a block: see add_moments
+    std::vector<double> means, squares;  // of the blocks so far
+    std::vector<A> mean, inv_std, rest;  // xhat = (x - mean) * inv_std + rest
 
     explicit Scratch(const Forward& job)
-        : means(size_t(job.tiles.width)),
-          squares(means.size()),
-          mean(size_t(job.tiles.width + L)),
-          inv_std(mean.size()),
-          rest(mean.size()) {}
+        : centre(size_t(padded<T>(job.tiles.width))),
+          sum(centre.size()),
+          square(centre.size()),
+          means(centre.size()),
+          squares(centre.size()),
+          mean(centre.size()),
+          inv_std(centre.size()),
+          rest(centre.size()) {}
   };
 
-  void prepare(int64_t, Scratch&) const {}
+  void prepare(int64_t, Scratch& scratch) const {
+    std::fill(scratch.centre.begin(), scratch.centre.end(), A(0));
+  }
 
+  // Block by block, each read once: what is summed up are the deviations from the mean so far.
   void gather(int64_t unit, int64_t, int64_t, Scratch& scratch) const {
-    column_moments(tensors.x + tiles.offset(unit), tiles.after, tiles.members, tiles.columns(unit),
-                   tensors.norm.centred != 0, scratch.means.data(), scratch.squares.data());
+    const T* x = tensors.x + tiles.offset(unit);
+    const int64_t columns = tiles.columns(unit);
+    const auto measure = [&](int64_t row, int64_t rows) {
+      for (auto* sums : {&scratch.sum, &scratch.square}) {
+        std::fill(sums->begin(), sums->end(), A(0));
+      }
+      add_moments(x + row * tiles.after, tiles.after, rows, columns, scratch.centre.data(),
+                  scratch.sum.data(), scratch.square.data());
+    };
+    for (int64_t row = 0; row < tiles.members; row += kBlockRows) {
+      const int64_t rows = std::min(kBlockRows, tiles.members - row);
+      if (tensors.norm.centred && row == 0) {
+        // At the mean of the first few rows, and these at the first row.
+        for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
+          write<T>(scratch.centre.data() + column, load(x + column, lanes...));
+        });
+        const int64_t few = std::min(rows, enough_for_centre(rows));
+        measure(0, few);
+        for (size_t i = 0; i < scratch.centre.size(); ++i) {
+          scratch.centre[i] += scratch.sum[i] / A(few);
+        }
+      } else if (tensors.norm.centred) {
+        std::copy(scratch.means.begin(), scratch.means.end(), scratch.centre.begin());
+      }
+      measure(row, rows);
+      add_block(int64_t(scratch.means.size()), double(row), double(rows), tensors.norm.centred != 0,
+                scratch.centre.data(), scratch.sum.data(), scratch.square.data(),
+                scratch.means.data(), scratch.squares.data());
+    }
   }
 
   void settle(int64_t unit, int64_t, Scratch& scratch) const {
-    A* statistics = tensors.statistics + tiles.statistics(unit);
     const double size = double(tiles.members);
-    for (int64_t column = 0; column < tiles.columns(unit); ++column) {
-      const size_t at = size_t(column);
-      const double inv_std = inverse_root(scratch.squares[at] / size, tensors.norm.epsilon);
-      scratch.mean[at] = A(scratch.means[at]);
-      scratch.inv_std[at] = A(inv_std);
-      scratch.rest[at] = A((double(scratch.mean[at]) - scratch.means[at]) * inv_std);
-      statistics[column] = scratch.mean[at];
-      statistics[tiles.after + column] = scratch.inv_std[at];
+    for (size_t i = 0; i < scratch.mean.size(); ++i) {
+      const double inv_std = inverse_root(scratch.squares[i] / size, tensors.norm.epsilon);
+      scratch.mean[i] = A(scratch.means[i]);
+      scratch.inv_std[i] = A(inv_std);
+      scratch.rest[i] = A((double(scratch.mean[i]) - scratch.means[i]) * inv_std);
+    }
+    A* statistics = tensors.statistics + tiles.statistics(unit);
+    for (const auto* line : {&scratch.mean, &scratch.inv_std}) {
+      scratch.sum = *line;
+      to_natural_order<T>(scratch.sum.data(), int64_t(scratch.sum.size()));
+      std::copy_n(scratch.sum.begin(), tiles.columns(unit), statistics);
+      statistics += tiles.after;
     }
   }
 
   void apply(int64_t unit, int64_t, const Scratch& scratch) const {
     const T* x = tensors.x + tiles.offset(unit);
     T* y = tensors.y + tiles.offset(unit);
-    const int code = tensors.norm.activation;
-    for (int64_t row = 0; row < tiles.members; ++row) {
-      const A gamma = tensors.gamma_at(row), beta = tensors.beta_at(row);
-      for_windows<A>(tiles.columns(unit), [&](int64_t column, auto vectors, int lanes) {
-        constexpr int V = vectors;
-        for (int v = 0; v < V; ++v) {
-          const int64_t at = column + v * L;
-          const Vec<A> deviation =
-              load_lanes<V>(x + row * tiles.after + at, lanes) - load(scratch.mean.data() + at);
-          const Vec<A> xhat =
-              deviation * load(scratch.inv_std.data() + at) + load(scratch.rest.data() + at);
-          store_lanes<V>(y + row * tiles.after + at,
-                         activate<kind, A>(xhat * gamma + beta, code, tensors.slope), lanes);
+    for_strips<kWrittenRows>(tiles.members, [&](int64_t row, int64_t step, auto count) {
+      constexpr int K = count;
+      A gamma[K], beta[K];
+      for (int k = 0; k < K; ++k) {
+        gamma[k] = tensors.gamma_at(row + k * step);
+        beta[k] = tensors.beta_at(row + k * step);
+      }
+      for_packs<T>(0, tiles.columns(unit), [&](int64_t column, auto... lanes) {
+        const Pack<T> mean = read<T>(scratch.mean.data() + column);
+        const Pack<T> inv_std = read<T>(scratch.inv_std.data() + column);
+        const Pack<T> rest = read<T>(scratch.rest.data() + column);
+        // All are loaded before one is stored: see columns.cc.
+        Pack<T> v[K];
+        for (int k = 0; k < K; ++k) {
+          v[k] = load(x + (row + k * step) * tiles.after + column, lanes...);
+        }
+        for (int k = 0; k < K; ++k) {
+          const Pack<T> z = ((v[k] - mean) * inv_std + rest) * gamma[k] + beta[k];
+          store(y + (row + k * step) * tiles.after + column,
+                activate<kind>(z, tensors.norm.activation, tensors.slope), lanes...);
         }
       });
-    }
+    });
   }
 };
 
 template <class T, Kind kind>
 struct Backward {
   using A = ArithmeticOf<T>;
-  static constexpr int64_t kUnitsAtOnce = 1;
-  static constexpr int L = kLanes<A>;
 
   Tensors<T> tensors;
   Tiles<T> tiles;
@@ -122,83 +161,101 @@ struct Backward {
         accumulators(split.chunks(), tiles.members,
                      call.dgamma != nullptr || call.dbeta != nullptr) {}
 
+  // All per column, and in pack order.
   struct Scratch {
-    std::vector<double> g, gx;                   // sums of g = gamma * dz and of g * xhat
-    std::vector<A> mean, inv_std, offset, pull;  // dx = g * inv_std - (offset + xhat * pull)
+    std::vector<A> mean, inv_std;
+    std::vector<A> g, gx;         // sums of g = gamma * dz and of g * xhat over a block
+    std::vector<double> gs, gxs;  // and over all
+    std::vector<A> offset, pull;  // dx = g * inv_std - (offset + xhat * pull)
 
     explicit Scratch(const Backward& job)
-        : g(size_t(job.tiles.width)),
-          gx(g.size()),
-          mean(size_t(job.tiles.width + L)),
+        : mean(size_t(padded<T>(job.tiles.width))),
           inv_std(mean.size()),
+          g(mean.size()),
+          gx(mean.size()),
+          gs(mean.size()),
+          gxs(mean.size()),
           offset(mean.size()),
           pull(mean.size()) {}
   };
 
   void prepare(int64_t unit, Scratch& scratch) const {
     const A* statistics = tensors.statistics + tiles.statistics(unit);
-    const int64_t columns = tiles.columns(unit);
-    std::copy(statistics, statistics + columns, scratch.mean.begin());
-    std::copy(statistics + tiles.after, statistics + tiles.after + columns,
-              scratch.inv_std.begin());
-    std::fill(scratch.g.begin(), scratch.g.end(), 0.0);
-    std::fill(scratch.gx.begin(), scratch.gx.end(), 0.0);
+    for (auto* line : {&scratch.mean, &scratch.inv_std}) {
+      std::copy_n(statistics, tiles.columns(unit), line->begin());
+      to_pack_order<T>(line->data(), int64_t(line->size()));
+      statistics += tiles.after;
+    }
+    for (auto* sums : {&scratch.gs, &scratch.gxs}) std::fill(sums->begin(), sums->end(), 0.0);
   }
 
   // dz, the gradient with respect to what the activation was given.
-  Vec<A> gradient(Vec<A> dy, Vec<A> xhat, A gamma, A beta) const {
+  Pack<T> gradient(Pack<T> dy, Pack<T> xhat, A gamma, A beta) const {
     if constexpr (kind == Kind::kIdentity) return dy;
-    return deactivate<kind, A>(dy, xhat * gamma + beta, tensors.norm.activation, tensors.slope);
+    return deactivate<kind>(dy, xhat * gamma + beta, tensors.norm.activation, tensors.slope);
   }
 
   void gather(int64_t unit, int64_t, int64_t chunk, Scratch& scratch) const {
-    const T* x = tensors.x + tiles.offset(unit);
-    const T* dy = tensors.dy + tiles.offset(unit);
-    for (int64_t begin = 0; begin < tiles.members; begin += kBlockRows) {
-      const int64_t end = std::min(tiles.members, begin + kBlockRows);
-      for_windows<A>(tiles.columns(unit), [&](int64_t column, auto vectors, int lanes) {
-        constexpr int V = vectors;
-        Vec<A> g_sums[V] = {}, gx_sums[V] = {};
-        for (int64_t row = begin; row < end; ++row) {
-          const A gamma = tensors.gamma_at(row), beta = tensors.beta_at(row);
-          Vec<A> row_dz = {}, row_dzx = {};
-          for (int v = 0; v < V; ++v) {
-            const int64_t at = column + v * L, element = row * tiles.after + at;
-            const Vec<A> xhat =
-                (load_lanes<V>(x + element, lanes) - load(scratch.mean.data() + at)) *
-                load(scratch.inv_std.data() + at);
-            const Vec<A> dz = gradient(load_lanes<V>(dy + element, lanes), xhat, gamma, beta);
-            row_dz += dz;
-            row_dzx += dz * xhat;
-            g_sums[v] += dz * gamma;
-            gx_sums[v] += dz * gamma * xhat;
-          }
-          if (accumulators.wanted()) {
-            if (V == 1 && lanes < L) {  // beyond the tile the scratch has values of old
-              row_dz = keep<A>(row_dz, lanes);
-              row_dzx = keep<A>(row_dzx, lanes);
-            }
-            accumulators.dgamma(chunk)[row] += double(sum<A>(row_dzx));
-            accumulators.dbeta(chunk)[row] += double(sum<A>(row_dz));
-          }
-        }
-        A sums[2][V * L];
-        for (int v = 0; v < V; ++v) store(sums[0] + v * L, g_sums[v]);
-        for (int v = 0; v < V; ++v) store(sums[1] + v * L, gx_sums[v]);
-        const int used = (V - 1) * L + lanes;
-        for (int i = 0; i < used; ++i) scratch.g[size_t(column + i)] += double(sums[0][i]);
-        for (int i = 0; i < used; ++i) scratch.gx[size_t(column + i)] += double(sums[1][i]);
+    for (int64_t row = 0; row < tiles.members; row += kBlockRows) {
+      for (auto* sums : {&scratch.g, &scratch.gx}) std::fill(sums->begin(), sums->end(), A(0));
+      const int64_t rows = std::min(kBlockRows, tiles.members - row);
+      // Of as many rows as of those written: each needs two sums of its own in registers.
+      for_strips<kWrittenRows>(rows, [&](int64_t first, int64_t step, auto count) {
+        gather_strip<count>(unit, chunk, row + first, step, scratch);
       });
+      for (size_t i = 0; i < scratch.g.size(); ++i) {
+        scratch.gs[i] += double(scratch.g[i]);
+        scratch.gxs[i] += double(scratch.gx[i]);
+      }
     }
   }
 
-  void settle(int64_t unit, int64_t, Scratch& scratch) const {
+  template <int K>
+  void gather_strip(int64_t unit, int64_t chunk, int64_t row, int64_t step,
+                    Scratch& scratch) const {
+    const T* x = tensors.x + tiles.offset(unit);
+    const T* dy = tensors.dy + tiles.offset(unit);
+    A gamma[K], beta[K];
+    for (int k = 0; k < K; ++k) {
+      gamma[k] = tensors.gamma_at(row + k * step);
+      beta[k] = tensors.beta_at(row + k * step);
+    }
+    Pack<T> row_dz[K] = {}, row_dzx[K] = {};
+    for_packs<T>(0, tiles.columns(unit), [&](int64_t column, auto... lanes) {
+      const Pack<T> mean = read<T>(scratch.mean.data() + column);
+      const Pack<T> inv_std = read<T>(scratch.inv_std.data() + column);
+      Pack<T> g_sum = read<T>(scratch.g.data() + column);
+      Pack<T> gx_sum = read<T>(scratch.gx.data() + column);
+      for (int k = 0; k < K; ++k) {
+        const int64_t at = (row + k * step) * tiles.after + column;
+        const Pack<T> xhat = (load(x + at, lanes...) - mean) * inv_std;
+        Pack<T> dz = gradient(load(dy + at, lanes...), xhat, gamma[k], beta[k]);
+        Pack<T> dzx = dz * xhat;
+        g_sum += dz * gamma[k];
+        gx_sum += dzx * gamma[k];
+        if constexpr (sizeof...(lanes) == 1) {  // beyond the tile the scratch has values of old
+          dz = keep(dz, lanes...);
+          dzx = keep(dzx, lanes...);
+        }
+        row_dz[k] += dz;
+        row_dzx[k] += dzx;
+      }
+      write<T>(scratch.g.data() + column, g_sum);
+      write<T>(scratch.gx.data() + column, gx_sum);
+    });
+    if (!accumulators.wanted()) return;
+    for (int k = 0; k < K; ++k) {
+      accumulators.dgamma(chunk)[row + k * step] += double(sum<A>(together(row_dzx[k])));
+      accumulators.dbeta(chunk)[row + k * step] += double(sum<A>(together(row_dz[k])));
+    }
+  }
+
+  void settle(int64_t, int64_t, Scratch& scratch) const {
     const double size = double(tiles.members);
-    for (int64_t column = 0; column < tiles.columns(unit); ++column) {
-      const size_t at = size_t(column);
-      const double inv_std = double(scratch.inv_std[at]);
-      scratch.offset[at] = tensors.norm.centred ? A(inv_std * scratch.g[at] / size) : A(0);
-      scratch.pull[at] = A(inv_std * scratch.gx[at] / size);
+    for (size_t i = 0; i < scratch.mean.size(); ++i) {
+      const double inv_std = double(scratch.inv_std[i]);
+      scratch.offset[i] = tensors.norm.centred ? A(inv_std * scratch.gs[i] / size) : A(0);
+      scratch.pull[i] = A(inv_std * scratch.gxs[i] / size);
     }
   }
 
@@ -206,22 +263,30 @@ struct Backward {
     const T* x = tensors.x + tiles.offset(unit);
     const T* dy = tensors.dy + tiles.offset(unit);
     T* dx = tensors.dx + tiles.offset(unit);
-    for (int64_t row = 0; row < tiles.members; ++row) {
-      const A gamma = tensors.gamma_at(row), beta = tensors.beta_at(row);
-      for_windows<A>(tiles.columns(unit), [&](int64_t column, auto vectors, int lanes) {
-        constexpr int V = vectors;
-        for (int v = 0; v < V; ++v) {
-          const int64_t at = column + v * L, element = row * tiles.after + at;
-          const Vec<A> inv_std = load(scratch.inv_std.data() + at);
-          const Vec<A> xhat =
-              (load_lanes<V>(x + element, lanes) - load(scratch.mean.data() + at)) * inv_std;
-          const Vec<A> dz = gradient(load_lanes<V>(dy + element, lanes), xhat, gamma, beta);
-          const Vec<A> offset = load(scratch.offset.data() + at);
-          const Vec<A> pull = load(scratch.pull.data() + at);
-          store_lanes<V>(dx + element, dz * (inv_std * gamma) - (offset + xhat * pull), lanes);
+    for_strips<kWrittenRows>(tiles.members, [&](int64_t row, int64_t step, auto count) {
+      constexpr int K = count;
+      A gamma[K], beta[K];
+      for (int k = 0; k < K; ++k) {
+        gamma[k] = tensors.gamma_at(row + k * step);
+        beta[k] = tensors.beta_at(row + k * step);
+      }
+      for_packs<T>(0, tiles.columns(unit), [&](int64_t column, auto... lanes) {
+        const Pack<T> mean = read<T>(scratch.mean.data() + column);
+        const Pack<T> inv_std = read<T>(scratch.inv_std.data() + column);
+        const Pack<T> offset = read<T>(scratch.offset.data() + column);
+        const Pack<T> pull = read<T>(scratch.pull.data() + column);
+        Pack<T> xhat[K], dz[K];
+        for (int k = 0; k < K; ++k) {
+          const int64_t at = (row + k * step) * tiles.after + column;
+          xhat[k] = (load(x + at, lanes...) - mean) * inv_std;
+          dz[k] = gradient(load(dy + at, lanes...), xhat[k], gamma[k], beta[k]);
+        }
+        for (int k = 0; k < K; ++k) {
+          store(dx + (row + k * step) * tiles.after + column,
+                dz[k] * (inv_std * gamma[k]) - (offset + xhat[k] * pull), lanes...);
         }
       });
-    }
+    });
   }
 
   void reduce(int threads) const { accumulators.reduce(tensors.dgamma, tensors.dbeta, threads); }

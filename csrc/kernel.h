@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -47,6 +48,56 @@ struct Tensors {
   A beta_at(int64_t channel) const { return beta == nullptr ? A(0) : beta[channel]; }
 };
 
+// Gamma and beta, 1 and 0 where there are none: in whole packs for each group, and in pack order.
+template <class T>
+struct Parameters {
+  using A = ArithmeticOf<T>;
+
+  std::vector<A> gamma, beta;
+
+  Parameters(const Tensors<T>& tensors, int64_t groups, int64_t members) {
+    const int64_t width = padded<T>(members);
+    gamma.assign(size_t(groups * width), A(1));
+    beta.assign(gamma.size(), A(0));
+    const auto take = [&](const A* from, std::vector<A>& to) {
+      if (from == nullptr) return;
+      for (int64_t group = 0; group < groups; ++group) {
+        A* line = to.data() + group * width;
+        std::copy_n(from + group * members, members, line);
+        to_pack_order<T>(line, width);
+      }
+    };
+    take(tensors.gamma, gamma);
+    take(tensors.beta, beta);
+  }
+
+  // The reverse, for a gradient.
+  static void give(std::vector<A>& from, A* to, int64_t groups, int64_t members) {
+    const int64_t width = padded<T>(members);
+    for (int64_t group = 0; to != nullptr && group < groups; ++group) {
+      A* line = from.data() + group * width;
+      to_natural_order<T>(line, width);
+      std::copy_n(line, members, to + group * members);
+    }
+  }
+};
+
+// The first element of some in memory.
+template <class T>
+NORMWISE_INLINE ArithmeticOf<T> first_of(const T* x) {
+  if constexpr (std::is_same_v<T, ArithmeticOf<T>>) return *x;
+  return load(x, 1).v[0][0];
+}
+
+// Calls f(i, lanes...) for the packs that cover the elements from begin to end; only a last one
+// that is not whole comes with a count of lanes.
+template <class T, class F>
+NORMWISE_INLINE void for_packs(int64_t begin, int64_t end, const F& f) {
+  const int64_t whole = begin + (end - begin) / kPack<T> * kPack<T>;
+  for (int64_t i = begin; i < whole; i += kPack<T>) f(i);
+  if (whole < end) f(whole, int(end - whole));
+}
+
 inline double inverse_root(double variance, double epsilon) {
   const double radicand = variance + epsilon;
   return radicand == 0 ? 0 : 1 / std::sqrt(radicand);  // equal elements at epsilon 0 give beta
@@ -56,6 +107,12 @@ inline double inverse_root(double variance, double epsilon) {
 // 1983), in float64: the parts are many elements each, so it costs nothing.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
+
+  // Adds a block of elements, of whose deviations d from `shift` the sums are given.
+  void add(double block_count, bool centred, double shift, double sum, double square) {
+    const double from_shift = centred ? sum / block_count : 0;
+    merge(block_count, centred ? shift + from_shift : 0, square - from_shift * sum);
+  }
 
   void merge(double other_count, double other_mean, double other_squares) {
     if (count == 0) {
@@ -70,6 +127,16 @@ struct Moments {
   }
 };
 
+// A block's sums are those of its deviations from a centre near its mean. How many elements have a
+// mean that is near enough: that of k elements is at most D / k away, where D is the largest
+// deviation, so the n squares sum up to n * D^2 / k^2 more than they should, beside at least D^2 /
+// 2 of their own; with k^2 >= n that costs no digit.
+constexpr int64_t enough_for_centre(int64_t block_elements) {
+  int64_t enough = 1;
+  while (enough * enough < block_elements) ++enough;
+  return enough;
+}
+
 // How a family's work is split. The units share nothing but the gradients of gamma and beta, which
 // they add to the buffer of their chunk; the chunks' buffers are added in order. A unit falls into
 // pieces that can be read side by side. All this follows from the shape alone, never from the
@@ -83,13 +150,10 @@ struct Split {
 
 // Below this a second thread costs more to wake than it saves.
 constexpr int64_t kElementsPerThread = 1 << 14;
-// Of units that take each step together: few enough for the first cache.
-constexpr int64_t kBatchElements = 1 << 11;
 
 // Runs a family's job: prepare(unit, scratch) sets the scratch up, gather(unit, piece, chunk,
 // scratch) reads the statistics, settle(unit, chunk, scratch) puts those of all pieces together,
-// and apply(unit, piece, scratch) writes the result. Up to kUnitsAtOnce small units take each step
-// together.
+// and apply(unit, piece, scratch) writes the result.
 template <class Job>
 void run(const Job& job, int threads) {
   const Split& split = job.split;
@@ -110,30 +174,16 @@ void run(const Job& job, int threads) {
     }
     return;
   }
-  const int64_t batch =
-      std::clamp<int64_t>(kBatchElements / split.unit_elements, 1, Job::kUnitsAtOnce);
   parallel_for(threads, split.chunks(), [&](int64_t chunk) {
-    std::vector<Scratch> scratches;
-    scratches.reserve(size_t(batch));
-    for (int64_t i = 0; i < batch; ++i) scratches.emplace_back(job);
+    Scratch scratch(job);
     const int64_t end = std::min(split.units, (chunk + 1) * split.units_per_chunk);
-    for (int64_t begin = chunk * split.units_per_chunk; begin < end; begin += batch) {
-      const int64_t count = std::min(batch, end - begin);
-      const auto for_pieces = [&](const auto& step) {
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t piece = 0; piece < split.pieces; ++piece) {
-            step(begin + i, piece, scratches[size_t(i)]);
-          }
-        }
-      };
-      for (int64_t i = 0; i < count; ++i) job.prepare(begin + i, scratches[size_t(i)]);
-      for_pieces([&](int64_t unit, int64_t piece, Scratch& scratch) {
+    for (int64_t unit = chunk * split.units_per_chunk; unit < end; ++unit) {
+      job.prepare(unit, scratch);
+      for (int64_t piece = 0; piece < split.pieces; ++piece) {
         job.gather(unit, piece, chunk, scratch);
-      });
-      for (int64_t i = 0; i < count; ++i) job.settle(begin + i, chunk, scratches[size_t(i)]);
-      for_pieces([&](int64_t unit, int64_t piece, const Scratch& scratch) {
-        job.apply(unit, piece, scratch);
-      });
+      }
+      job.settle(unit, chunk, scratch);
+      for (int64_t piece = 0; piece < split.pieces; ++piece) job.apply(unit, piece, scratch);
     }
   });
 }
@@ -165,7 +215,8 @@ class Accumulators {
       }
       for (int64_t column = begin; column < end; ++column) {
         A* to = column < channels_ ? dgamma : dbeta;
-        if (to != nullptr) to[column % channels_] = A(totals[column - begin]);
+        const int64_t channel = column < channels_ ? column : column - channels_;
+        if (to != nullptr) to[channel] = A(totals[column - begin]);
       }
     });
   }
@@ -220,10 +271,9 @@ void run_family(const Call& call, int threads) {
   });
 }
 
-// One family each: rows.cc, short_rows.cc, columns.cc, kept.cc.
-bool are_short_rows(const NormwiseNorm& norm);
-void run_short_rows(const Call& call, int threads);
+// One family each: rows.cc, runs.cc, columns.cc, kept.cc.
 void run_rows(const Call& call, int threads);
+void run_runs(const Call& call, int threads);
 void run_columns(const Call& call, int threads);
 void run_kept(const Call& call, int threads);
 

@@ -17,6 +17,7 @@ namespace normwise {
 #define NORMWISE_DECLARE(isa)                 \
   namespace isa {                             \
   void run_rows(const Call&, int threads);    \
+  void run_runs(const Call&, int threads);    \
   void run_columns(const Call&, int threads); \
   void run_kept(const Call&, int threads);    \
   }
@@ -35,10 +36,10 @@ using Run = void (*)(const Call&, int threads);
 
 struct Kernels {
   const char* instructions;
-  Run rows, columns, kept;
+  Run rows, runs, columns, kept;
 };
 
-#define NORMWISE_KERNELS(isa) {#isa, isa::run_rows, isa::run_columns, isa::run_kept}
+#define NORMWISE_KERNELS(isa) {#isa, isa::run_rows, isa::run_runs, isa::run_columns, isa::run_kept}
 
 // The widest that the CPU has, or a narrower one that NORMWISE_INSTRUCTIONS names.
 const Kernels& kernels() {
@@ -90,15 +91,25 @@ void advise_huge_pages(void* result, int64_t bytes) {
 #endif
 }
 
+// A batch of longer rows leaves the first caches, and has so few elements in each lane's sum no
+// more.
+constexpr int64_t kLongestRow = 4096;
+
 int64_t bytes_of(int32_t dtype) {
   return dtype == NORMWISE_FLOAT64 ? 8 : dtype == NORMWISE_FLOAT32 ? 4 : 2;
 }
 
-void run(const Call& call) {
+// What the last cache of a core holds, give or take a factor of 2. A constant, because roundings
+// follow from it, and those are to be the same on every machine.
+constexpr int64_t kLastCacheBytes = 32 << 20;
+
+void run(Call call) {
   const NormwiseNorm& norm = call.norm;
   const int64_t channels = norm.groups * norm.members;
   const int64_t elements = norm.outer * norm.before * channels * norm.after;
-  advise_huge_pages(call.dy == nullptr ? call.y : call.dx, elements * bytes_of(norm.dtype));
+  const int64_t bytes = elements * bytes_of(norm.dtype);
+  advise_huge_pages(call.dy == nullptr ? call.y : call.dx, bytes);
+  call.from_memory = bytes * (call.dy == nullptr ? 2 : 3) > kLastCacheBytes;
   if (elements == 0) {
     // Nothing to normalize, and no gradient to sum: the kernels may take every extent to be
     // positive.
@@ -116,8 +127,10 @@ void run(const Call& call) {
     kernels().kept(call, threads);
   } else if (norm.after == 1 && norm.before > 1) {
     kernels().columns(call, threads);
-  } else {
+  } else if (norm.after == 1 && norm.members <= kLongestRow) {
     kernels().rows(call, threads);
+  } else {
+    kernels().runs(call, threads);
   }
 }
 
@@ -128,14 +141,14 @@ extern "C" {
 
 void normwise_forward(const NormwiseNorm* norm, const void* x, const void* gamma, const void* beta,
                       void* y, void* statistics) {
-  normwise::run({*norm, x, gamma, beta, y, statistics, nullptr, nullptr, nullptr, nullptr});
+  normwise::run({*norm, x, gamma, beta, y, statistics, nullptr, nullptr, nullptr, nullptr, false});
 }
 
 void normwise_backward(const NormwiseNorm* norm, const void* x, const void* gamma, const void* beta,
                        const void* statistics, const void* dy, void* dx, void* dgamma,
                        void* dbeta) {
-  normwise::run(
-      {*norm, x, gamma, beta, nullptr, const_cast<void*>(statistics), dy, dx, dgamma, dbeta});
+  normwise::run({*norm, x, gamma, beta, nullptr, const_cast<void*>(statistics), dy, dx, dgamma,
+                 dbeta, false});
 }
 
 const char* normwise_instructions(void) { return normwise::kernels().instructions; }

@@ -1,5 +1,5 @@
-// Vectors as wide as this file is compiled for, and the few functions that the kernels need of
-// them.
+// Vectors as wide as this file is compiled for, packs of them, and the few functions that the
+// kernels need of both.
 //
 // Written with the vector extensions of GCC and Clang, so that one source serves every instruction
 // set: NORMWISE_ISA names the namespace that one compilation of it fills.
@@ -9,10 +9,14 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+// A pack is a struct: passed to a function that is not inlined, it would go through memory.
+#define NORMWISE_INLINE inline __attribute__((always_inline))
 
 namespace normwise {
 
@@ -54,7 +58,7 @@ template <class T>
 using ArithmeticOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class To, class From>
-inline To bit_cast(const From& from) {
+NORMWISE_INLINE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
   std::memcpy(&to, &from, sizeof to);
@@ -62,203 +66,32 @@ inline To bit_cast(const From& from) {
 }
 
 template <class A>
-inline Vec<A> splat(A value) {
+NORMWISE_INLINE Vec<A> splat(A value) {
   return value - Vec<A>{};  // not 0 + value, which would lose the sign of -0
 }
 
 template <class V>
-inline V minimum(V a, V b) {
+NORMWISE_INLINE V minimum(V a, V b) {
   return a < b ? a : b;
-}
-
-// Lanes as elements of memory and back: f32 and f64 as they are, the halves in float32.
-
-using Bits16 = Vec<uint16_t, kVectorBytes / 2>;
-using Bits32 = Vec<uint32_t>;
-
-inline Vec<float> widen_bfloat16(Bits16 bits) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(bits, Bits32) << 16);
-}
-
-inline Bits16 narrow_bfloat16(Vec<float> v) {
-  const Bits32 bits = bit_cast<Bits32>(v);
-  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  // A NaN keeps its upper bits and turns quiet: rounded, it might carry over into an infinity.
-  const Bits32 quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(
-      bit_cast<Bits32>(v != v ? bit_cast<Vec<int32_t>>(quiet) : bit_cast<Vec<int32_t>>(rounded)),
-      Bits16);
-}
-
-inline Vec<float> widen_half(Bits16 bits) {
-#if defined(__AVX512F__)
-  return bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(bits)));
-#elif defined(__F16C__)
-  return bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
-#else
-  // The exponent moved from bias 15 to 127 by a product with 2^112, which normalizes the subnormals
-  // too; infinities and NaN, all ones before, are filled up.
-  const Bits32 wide = __builtin_convertvector(bits, Bits32);
-  const Bits32 magnitude = (wide & 0x7fff) << 13;
-  const Bits32 sign = (wide & 0x8000) << 16;
-  const Bits32 scaled = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
-  const Bits32 special = bit_cast<Bits32>(magnitude >= (0x7c00u << 13));
-  return bit_cast<Vec<float>>(scaled | sign | (special & 0x7f800000));
-#endif
-}
-
-inline Bits16 narrow_half(Vec<float> v) {
-#if defined(__AVX512F__)
-  return bit_cast<Bits16>(_mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  return bit_cast<Bits16>(_mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
-#else
-  const Bits32 bits = bit_cast<Bits32>(v);
-  const Bits32 sign = (bits >> 16) & 0x8000;
-  const Bits32 magnitude = bits & 0x7fffffff;
-  const Bits32 odd = (magnitude >> 13) & 1;
-  const Bits32 normal = (magnitude - (112u << 23) + 0xfff + odd) >> 13;
-  // Below 2^-14 the sum with 1/2 has its last bit at 2^-24, that of a half subnormal, and rounds.
-  const Bits32 subnormal = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
-  const Bits32 is_small = bit_cast<Bits32>(magnitude < (113u << 23));
-  const Bits32 is_large = bit_cast<Bits32>(magnitude >= 0x477ff000u);  // rounds to 65536 or more
-  const Bits32 is_nan = bit_cast<Bits32>(magnitude > 0x7f800000u);
-  Bits32 result = (subnormal & is_small) | (normal & ~is_small);
-  result = (0x7c00 & is_large) | (result & ~is_large);
-  return __builtin_convertvector(result | (0x200 & is_nan) | sign, Bits16);
-#endif
-}
-
-template <class A>
-inline Vec<A> load(const A* p) {
-  Vec<A> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec<float> load(const BFloat16* p) {
-  Bits16 bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return widen_bfloat16(bits);
-}
-inline Vec<float> load(const Half* p) {
-  Bits16 bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return widen_half(bits);
-}
-
-template <class A>
-inline void store(A* p, Vec<A> v) {
-  std::memcpy(p, &v, sizeof v);
-}
-inline void store(BFloat16* p, Vec<float> v) {
-  const Bits16 bits = narrow_bfloat16(v);
-  std::memcpy(p, &bits, sizeof bits);
-}
-inline void store(Half* p, Vec<float> v) {
-  const Bits16 bits = narrow_half(v);
-  std::memcpy(p, &bits, sizeof bits);
-}
-
-// The first `count` lanes from memory, the others 0; and back. What lies beyond is not touched.
-
-template <class T>
-inline Vec<ArithmeticOf<T>> load(const T* p, int count) {
-#if defined(__AVX512F__)
-  // The copy below is a call into libc; a masked load is as fast as a whole one.
-  if constexpr (std::is_same_v<T, float>) {
-    return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p));
-  } else if constexpr (std::is_same_v<T, double>) {
-    return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p));
-  } else {
-    const Bits16 bits = bit_cast<Bits16>(_mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
-    if constexpr (std::is_same_v<T, Half>) return widen_half(bits);
-    return widen_bfloat16(bits);
-  }
-#endif
-  T lanes[kLanes<ArithmeticOf<T>>] = {};
-  std::memcpy(lanes, p, size_t(count) * sizeof(T));
-  return load(lanes);
-}
-
-template <class T>
-inline void store(T* p, Vec<ArithmeticOf<T>> v, int count) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<T, float>) {
-    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), bit_cast<__m512>(v));
-    return;
-  } else if constexpr (std::is_same_v<T, double>) {
-    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), bit_cast<__m512d>(v));
-    return;
-  } else {
-    Bits16 bits;
-    if constexpr (std::is_same_v<T, Half>) {
-      bits = narrow_half(v);
-    } else {
-      bits = narrow_bfloat16(v);
-    }
-    _mm256_mask_storeu_epi16(p, __mmask16((1u << count) - 1), bit_cast<__m256i>(bits));
-    return;
-  }
-#endif
-  T lanes[kLanes<ArithmeticOf<T>>];
-  store(lanes, v);
-  std::memcpy(p, lanes, size_t(count) * sizeof(T));
 }
 
 // The lanes 0, 1, 2, ...
 template <class A>
-inline Vec<IntOf<A>> lane_numbers() {
+NORMWISE_INLINE Vec<IntOf<A>> lane_numbers() {
   Vec<IntOf<A>> lanes;
   for (int i = 0; i < kLanes<A>; ++i) lanes[i] = IntOf<A>(i);
   return lanes;
 }
 
-// Every `stride`-th element from p on.
 template <class A>
-inline Vec<A> gather(const A* p, int stride) {
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<A, float>) {
-    const auto offsets = bit_cast<__m512i>(lane_numbers<A>() * stride);
-    return bit_cast<Vec<A>>(_mm512_i32gather_ps(offsets, p, sizeof(A)));
-  }
-#elif defined(__AVX2__)
-  if constexpr (std::is_same_v<A, float>) {
-    const auto offsets = bit_cast<__m256i>(lane_numbers<A>() * stride);
-    return bit_cast<Vec<A>>(_mm256_i32gather_ps(p, offsets, sizeof(A)));
-  }
-#endif
-  Vec<A> v;
-  for (int i = 0; i < kLanes<A>; ++i) v[i] = p[i * stride];
-  return v;
-}
-
-// The lanes of v that `from` names.
-template <class V, class I>
-inline V pick(V v, I from) {
-#if defined(__clang__)
-  V picked;
-  for (size_t i = 0; i < sizeof v / sizeof v[0]; ++i) picked[i] = v[from[i]];
-  return picked;
-#else
-  return __builtin_shuffle(v, from);
-#endif
-}
-
-template <class A>
-inline Vec<A> square_root(Vec<A> v) {
+NORMWISE_INLINE Vec<A> square_root(Vec<A> v) {
   for (int i = 0; i < kLanes<A>; ++i) v[i] = std::sqrt(v[i]);
   return v;
 }
 
-// v in the first `count` lanes, 0 in the others: a NaN there must not reach a sum.
-template <class A>
-inline Vec<A> keep(Vec<A> v, int count) {
-  return lane_numbers<A>() < IntOf<A>(count) ? v : Vec<A>{};
-}
-
 // The sum of the lanes, always in the same order: halves are added until 16 bytes are left.
 template <class A, int Bytes = kVectorBytes>
-inline A sum(Vec<A, Bytes> v) {
+NORMWISE_INLINE A sum(Vec<A, Bytes> v) {
   if constexpr (Bytes > 16) {
     struct Halves {
       Vec<A, Bytes / 2> low, high;
@@ -272,74 +105,294 @@ inline A sum(Vec<A, Bytes> v) {
   }
 }
 
-// e^v to 2 units in the last place; 0 and infinity are approached, not reached, beyond +-88.
-inline Vec<float> exp(Vec<float> v) {
-  v = v > 88.0f ? splat(88.0f) : v;
-  v = v < -87.0f ? splat(-87.0f) : v;
-  // e^v = 2^k e^r with |r| <= log(2) / 2: adding 1.5 * 2^23 rounds to an integer in the low bits.
-  const Vec<float> shifted = v * 1.4426950408889634f + 0x1.8p23f;
-  const Vec<float> k = shifted - 0x1.8p23f;
-  const Vec<float> r = (v - k * 0.693359375f) + k * 2.1219444005471e-4f;
-  // Minimax fit of (e^r - 1 - r) / r^2, relative error of e^r 3e-9.
-  Vec<float> p = splat(1.395171916e-3f);
-  p = p * r + 8.369598221e-3f;
-  p = p * r + 4.166618726e-2f;
-  p = p * r + 1.666651289e-1f;
-  p = p * r + 5.000000101e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Vec<int32_t> power = (bit_cast<Vec<int32_t>>(shifted) + 127) << 23;
-  return p * bit_cast<Vec<float>>(power);
+// Lane i of the result is what lane i of a, or where `Bit` of i is set, of b, and its neighbour
+// across that bit add up to.
+template <int Bit, class A, size_t... I>
+NORMWISE_INLINE Vec<A> fold(Vec<A> a, Vec<A> b, std::index_sequence<I...>) {
+  constexpr Vec<IntOf<A>> second = {IntOf<A>(I & Bit ? -1 : 0)...};
+  const Vec<A> own = second ? b : a;
+#if defined(__clang__)
+  const Vec<A> other = __builtin_shufflevector(a, b, (I ^ Bit) + (I & Bit ? sizeof...(I) : 0)...);
+#else
+  constexpr Vec<IntOf<A>> from = {IntOf<A>((I ^ Bit) + (I & Bit ? sizeof...(I) : 0))...};
+  const Vec<A> other = __builtin_shuffle(a, b, from);
+#endif
+  return own + other;
 }
 
-inline Vec<float> tanh(Vec<float> v) {
-  const Vec<float> magnitude = v < 0.0f ? -v : v;
-  const Vec<float> square = v * v;
-  // Minimax fit of (tanh(z) / z - 1) / z^2 on |z| < 0.7, where the quotient below would cancel.
-  Vec<float> p = splat(-5.155114259e-3f);
-  p = p * square + 2.011165891e-2f;
-  p = p * square + -5.356698919e-2f;
-  p = p * square + 1.332924312e-1f;
-  p = p * square + -3.333319661e-1f;
-  const Vec<float> near = p * square * v + v;
-  const Vec<float> far = 1.0f - 2.0f / (exp(2.0f * magnitude) + 1.0f);
-  return magnitude < 0.625f ? near : (v < 0.0f ? -far : far);
-}
-
-inline Vec<float> erf(Vec<float> v) {
-  const Vec<float> magnitude = v < 0.0f ? -v : v;
-  const Vec<float> square = v * v;
-  // Minimax fit of erf(z) / z on |z| < 1, absolute error 1e-9.
-  Vec<float> p = splat(7.889122840e-5f);
-  p = p * square + -8.020842270e-4f;
-  p = p * square + 5.189535450e-3f;
-  p = p * square + -2.685444465e-2f;
-  p = p * square + 1.128360018e-1f;
-  p = p * square + -3.761262714e-1f;
-  p = p * square + 1.128379166f;
-  // And of log(erfc(z)) + z^2 on 1 to 4, where erfc falls to 1e-8.
-  const Vec<float> z = minimum(magnitude, splat(4.0f));
-  Vec<float> q = splat(1.855740712e-4f);
-  q = q * z + -2.939607888e-3f;
-  q = q * z + 2.180532060e-2f;
-  q = q * z + -1.030373734e-1f;
-  q = q * z + 3.617743279e-1f;
-  q = q * z + -1.127040039f;
-  q = q * z + -3.537187595e-4f;
-  const Vec<float> far = 1.0f - exp(q - square);
-  // Written so that a NaN stays one: it fails the first comparison and goes on in `far`.
-  return magnitude < 1.0f ? p * v : (v < 0.0f ? -far : far);
-}
-
-// float64 is for references and second opinions: libm's functions, lane by lane, are fast enough.
-#define NORMWISE_BY_LANE(name)                                       \
-  inline Vec<double> name(Vec<double> v) {                           \
-    for (int i = 0; i < kLanes<double>; ++i) v[i] = std::name(v[i]); \
-    return v;                                                        \
+// The sums of as many vectors as one has lanes: lane i is that of v[i]. Which i it is changes no
+// rounding. v is used up.
+template <class A, int Count = kLanes<A>>
+NORMWISE_INLINE Vec<A> sums(Vec<A>* v) {
+  if constexpr (Count > 1) {
+    constexpr int kHalf = Count / 2;
+    for (int i = 0; i < kHalf; ++i) {
+      v[i] = fold<kHalf, A>(v[i], v[i + kHalf], std::make_index_sequence<kLanes<A>>());
+    }
+    return sums<A, kHalf>(v);
   }
-NORMWISE_BY_LANE(exp)
-NORMWISE_BY_LANE(tanh)
-NORMWISE_BY_LANE(erf)
-#undef NORMWISE_BY_LANE
+  return v[0];
+}
+
+// A pack: what one whole load of elements brings, in vectors of the arithmetic. Of bfloat16 these
+// are two, the elements of even number and those of odd: each is one instruction away from the bits
+// as they lie in memory, in order it would be three. So that an array of the arithmetic fits packs
+// it is kept in pack order, which for all other types is the natural one.
+
+template <class T>
+constexpr int kVectors = std::is_same_v<T, BFloat16> ? 2 : 1;
+template <class T>
+constexpr int kPack = kVectors<T> * kLanes<ArithmeticOf<T>>;  // elements
+
+template <class T>
+struct Pack {
+  using A = ArithmeticOf<T>;
+  Vec<A> v[kVectors<T>];
+};
+
+// Not written as loops: those GCC 12 unrolls too late to keep the vectors in registers.
+
+template <class F, class T, class... More>
+NORMWISE_INLINE Pack<T> map(const F& f, Pack<T> a, More... more) {
+  a.v[0] = f(a.v[0], more.v[0]...);
+  if constexpr (kVectors<T> == 2) a.v[1] = f(a.v[1], more.v[1]...);
+  return a;
+}
+
+#define NORMWISE_OPERATOR(op)                                         \
+  template <class T>                                                  \
+  NORMWISE_INLINE Pack<T> operator op(Pack<T> a, Pack<T> b) {         \
+    a.v[0] = a.v[0] op b.v[0];                                        \
+    if constexpr (kVectors<T> == 2) a.v[1] = a.v[1] op b.v[1];        \
+    return a;                                                         \
+  }                                                                   \
+  template <class T>                                                  \
+  NORMWISE_INLINE Pack<T> operator op(Pack<T> a, ArithmeticOf<T> b) { \
+    a.v[0] = a.v[0] op b;                                             \
+    if constexpr (kVectors<T> == 2) a.v[1] = a.v[1] op b;             \
+    return a;                                                         \
+  }
+NORMWISE_OPERATOR(+)
+NORMWISE_OPERATOR(-)
+NORMWISE_OPERATOR(*)
+#undef NORMWISE_OPERATOR
+
+template <class T>
+NORMWISE_INLINE Pack<T>& operator+=(Pack<T>& a, Pack<T> b) {
+  return a = a + b;
+}
+
+// The vectors of a pack added up, lane by lane.
+template <class T>
+NORMWISE_INLINE Vec<ArithmeticOf<T>> together(Pack<T> a) {
+  if constexpr (kVectors<T> == 2) return a.v[0] + a.v[1];
+  return a.v[0];
+}
+
+// v in the first `count` lanes, 0 in the others.
+template <class A>
+NORMWISE_INLINE Vec<A> keep_lanes(Vec<A> v, int count) {
+  return lane_numbers<A>() < IntOf<A>(count) ? v : Vec<A>{};
+}
+
+// The first `count` elements, 0 for the others: a NaN there must not reach a sum.
+template <class T>
+NORMWISE_INLINE Pack<T> keep(Pack<T> a, int count) {
+  using A = ArithmeticOf<T>;
+  if constexpr (kVectors<T> == 2) {
+    return {{keep_lanes<A>(a.v[0], (count + 1) / 2), keep_lanes<A>(a.v[1], count / 2)}};
+  } else {
+    return {{keep_lanes<A>(a.v[0], count)}};
+  }
+}
+
+// The smallest number of elements that fills packs and is no less than `count`.
+template <class T>
+NORMWISE_INLINE int64_t padded(int64_t count) {
+  return (count + kPack<T> - 1) / kPack<T> * kPack<T>;
+}
+
+// Brings an array of whole packs from the natural order into pack order, and back.
+template <class T, class E>
+NORMWISE_INLINE void to_pack_order(E* p, int64_t size) {
+  if constexpr (kVectors<T> == 2) {
+    constexpr int kHalf = kPack<T> / 2;
+    for (const E* end = p + size; p < end; p += kPack<T>) {
+      E natural[kPack<T>];
+      std::memcpy(natural, p, sizeof natural);
+      for (int i = 0; i < kHalf; ++i) p[i] = natural[2 * i];
+      for (int i = 0; i < kHalf; ++i) p[kHalf + i] = natural[2 * i + 1];
+    }
+  }
+}
+template <class T, class E>
+NORMWISE_INLINE void to_natural_order(E* p, int64_t size) {
+  if constexpr (kVectors<T> == 2) {
+    constexpr int kHalf = kPack<T> / 2;
+    for (const E* end = p + size; p < end; p += kPack<T>) {
+      E packed[kPack<T>];
+      std::memcpy(packed, p, sizeof packed);
+      for (int i = 0; i < kHalf; ++i) p[2 * i] = packed[i];
+      for (int i = 0; i < kHalf; ++i) p[2 * i + 1] = packed[kHalf + i];
+    }
+  }
+}
+
+// A pack from an array of the arithmetic in pack order, and back.
+template <class T>
+NORMWISE_INLINE Pack<T> read(const ArithmeticOf<T>* p) {
+  Pack<T> a;
+  std::memcpy(&a, p, sizeof a);
+  return a;
+}
+template <class T>
+NORMWISE_INLINE void write(ArithmeticOf<T>* p, Pack<T> a) {
+  std::memcpy(p, &a, sizeof a);
+}
+
+// How elements of a type lie in memory: as many as a pack has are one vector of bits. float32 and
+// float64 are their own bits, the halves turn into float32 and back.
+
+template <class T>
+struct Element {
+  using Bits = Vec<T>;
+
+  NORMWISE_INLINE static Pack<T> widen(Bits bits) { return {{bits}}; }
+  NORMWISE_INLINE static Bits narrow(Pack<T> a) { return a.v[0]; }
+};
+
+template <>
+struct Element<BFloat16> {
+  using Bits = Vec<uint32_t>;  // an element of odd number above one of even number
+
+  NORMWISE_INLINE static Pack<BFloat16> widen(Bits bits) {
+    return {{bit_cast<Vec<float>>(bits << 16), bit_cast<Vec<float>>(bits & 0xffff0000)}};
+  }
+  NORMWISE_INLINE static Bits narrow(Pack<BFloat16> a) {
+    return (rounded(a.v[0]) >> 16) | (rounded(a.v[1]) & 0xffff0000);
+  }
+
+ private:
+  NORMWISE_INLINE static Bits rounded(Vec<float> v) {
+    const Bits bits = bit_cast<Bits>(v);
+    // A NaN is only cut off: with a half added it might carry over into the sign.
+    const Bits half = 0x7fff + ((bits >> 16) & 1);
+    return bits + bit_cast<Bits>(v == v ? bit_cast<Vec<int32_t>>(half) : Vec<int32_t>{});
+  }
+};
+
+template <>
+struct Element<Half> {
+  using Bits = Vec<uint16_t, kVectorBytes / 2>;
+  using Bits32 = Vec<uint32_t>;
+
+  NORMWISE_INLINE static Pack<Half> widen(Bits bits) {
+#if defined(__AVX512F__)
+    return {{ bit_cast<Vec<float>>(_mm512_cvtph_ps(bit_cast<__m256i>(bits))) }};
+#elif defined(__F16C__)
+    return {{ bit_cast<Vec<float>>(_mm256_cvtph_ps(bit_cast<__m128i>(bits))) }};
+#else
+    // The exponent moved from bias 15 to 127 by a product with 2^112, which normalizes the
+    // subnormals too; infinities and NaN, all ones before, are filled up.
+    const Bits32 wide = __builtin_convertvector(bits, Bits32);
+    const Bits32 magnitude = (wide & 0x7fff) << 13;
+    const Bits32 sign = (wide & 0x8000) << 16;
+    const Bits32 scaled = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) * 0x1p112f);
+    const Bits32 special = bit_cast<Bits32>(magnitude >= (0x7c00u << 13));
+    return {{bit_cast<Vec<float>>(scaled | sign | (special & 0x7f800000))}};
+#endif
+  }
+
+  NORMWISE_INLINE static Bits narrow(Pack<Half> a) {
+#if defined(__AVX512F__)
+    return bit_cast<Bits>(_mm512_cvtps_ph(bit_cast<__m512>(a), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+    return bit_cast<Bits>(_mm256_cvtps_ph(bit_cast<__m256>(a), _MM_FROUND_TO_NEAREST_INT));
+#else
+    const Bits32 bits = bit_cast<Bits32>(a);
+    const Bits32 sign = (bits >> 16) & 0x8000;
+    const Bits32 magnitude = bits & 0x7fffffff;
+    const Bits32 odd = (magnitude >> 13) & 1;
+    const Bits32 normal = (magnitude - (112u << 23) + 0xfff + odd) >> 13;
+    // Below 2^-14 the sum with 1/2 has its last bit at 2^-24, that of a half subnormal, and rounds.
+    const Bits32 subnormal = bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
+    const Bits32 is_small = bit_cast<Bits32>(magnitude < (113u << 23));
+    const Bits32 is_large = bit_cast<Bits32>(magnitude >= 0x477ff000u);  // rounds to 65536 or more
+    const Bits32 is_nan = bit_cast<Bits32>(magnitude > 0x7f800000u);
+    Bits32 result = (subnormal & is_small) | (normal & ~is_small);
+    result = (0x7c00 & is_large) | (result & ~is_large);
+    return __builtin_convertvector(result | (0x200 & is_nan) | sign, Bits);
+#endif
+  }
+};
+
+// A pack from memory and back; with a `count` only so many elements are touched, and 0 is read for
+// the others.
+
+template <class T>
+NORMWISE_INLINE Pack<T> load(const T* p) {
+  typename Element<T>::Bits bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return Element<T>::widen(bits);
+}
+
+template <class T>
+NORMWISE_INLINE void store(T* p, Pack<T> a) {
+  const auto bits = Element<T>::narrow(a);
+  std::memcpy(p, &bits, sizeof bits);
+}
+
+#if defined(__AVX512F__)
+// The copies further down are calls into libc; a masked access is as fast as a whole one.
+NORMWISE_INLINE __m512 load_bits(const float* p, int n) {
+  return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
+}
+NORMWISE_INLINE __m512d load_bits(const double* p, int n) {
+  return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
+}
+NORMWISE_INLINE __m512i load_bits(const BFloat16* p, int n) {
+  return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p);
+}
+NORMWISE_INLINE __m256i load_bits(const Half* p, int n) {
+  return _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
+}
+NORMWISE_INLINE void store_bits(float* p, __m512 bits, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), bits);
+}
+NORMWISE_INLINE void store_bits(double* p, __m512d bits, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), bits);
+}
+NORMWISE_INLINE void store_bits(BFloat16* p, __m512i bits, int n) {
+  _mm512_mask_storeu_epi16(p, __mmask32((uint64_t(1) << n) - 1), bits);
+}
+NORMWISE_INLINE void store_bits(Half* p, __m256i bits, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), bits);
+}
+
+template <class T>
+NORMWISE_INLINE Pack<T> load(const T* p, int count) {
+  return Element<T>::widen(bit_cast<typename Element<T>::Bits>(load_bits(p, count)));
+}
+
+template <class T>
+NORMWISE_INLINE void store(T* p, Pack<T> a, int count) {
+  store_bits(p, bit_cast<decltype(load_bits(p, count))>(Element<T>::narrow(a)), count);
+}
+#else
+template <class T>
+NORMWISE_INLINE Pack<T> load(const T* p, int count) {
+  T elements[kPack<T>] = {};
+  std::memcpy(elements, p, size_t(count) * sizeof(T));
+  return load(elements);
+}
+
+template <class T>
+NORMWISE_INLINE void store(T* p, Pack<T> a, int count) {
+  T elements[kPack<T>];
+  store(elements, a);
+  std::memcpy(p, elements, size_t(count) * sizeof(T));
+}
+#endif
 
 }  // namespace NORMWISE_ISA
 }  // namespace normwise

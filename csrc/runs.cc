@@ -1,0 +1,394 @@
+// Norms whose sets are long runs of memory: group and instance norm channels first or in the
+// middle, layer and RMS norm over very many elements.
+//
+// A unit is one set, `before` runs of members * after elements. Where after is 1 each element of a
+// run has a gamma of its own, else each stretch of `after` elements.
+#include "kernel.h"
+
+namespace normwise::NORMWISE_ISA {
+namespace runs {
+
+// Of so many elements the sums stay in float32; then they go on in float64.
+constexpr int64_t kBlockElements = 1 << 13;
+// A piece of a long set, to be read by one thread.
+constexpr int64_t kPieceElements = 1 << 16;
+// A block is read in as many places at once: its pages come from memory side by side.
+template <class T>
+constexpr int kStreams = 4 / kVectors<T>;
+
+// The sums of `Count` terms over a block of elements: f(i, lanes...) gives those of a pack.
+template <size_t Count, class T, class F>
+NORMWISE_INLINE std::array<double, Count> block_sums(int64_t elements, const F& f) {
+  constexpr int kPlaces = kStreams<T>;
+  Pack<T> acc[Count][kPlaces] = {};
+  const int64_t step = elements / (kPlaces * kPack<T>)*kPack<T>;
+  for (int64_t i = 0; i < step; i += kPack<T>) {
+    for (int place = 0; place < kPlaces; ++place) {
+      const std::array<Pack<T>, Count> terms = f(place * step + i);
+      for (size_t c = 0; c < Count; ++c) acc[c][place] += terms[c];
+    }
+  }
+  for_packs<T>(kPlaces * step, elements, [&](int64_t i, auto... lanes) {
+    const std::array<Pack<T>, Count> terms = f(i, lanes...);
+    for (size_t c = 0; c < Count; ++c) {
+      if constexpr (sizeof...(lanes) == 1) {
+        acc[c][1] += keep(terms[c], lanes...);
+      } else {
+        acc[c][0] += terms[c];
+      }
+    }
+  });
+  std::array<double, Count> totals;
+  for (size_t c = 0; c < Count; ++c) {
+    Pack<T> all = acc[c][0] + acc[c][1];
+    if constexpr (kPlaces == 4) all += acc[c][2] + acc[c][3];
+    totals[c] = double(sum<ArithmeticOf<T>>(together(all)));
+  }
+  return totals;
+}
+
+// Calls f(begin, end) for the blocks between two offsets.
+template <class F>
+inline void for_blocks(int64_t begin, int64_t end, const F& f) {
+  for (; begin < end; begin += kBlockElements) f(begin, std::min(end, begin + kBlockElements));
+}
+
+// Adds the elements of a run to the moments, block by block, each read once: what is summed up are
+// the deviations from the mean so far, at first from that of a few elements.
+template <class T>
+void add_run(const T* x, int64_t elements, bool centred, Moments& moments) {
+  using A = ArithmeticOf<T>;
+  for_blocks(0, elements, [&](int64_t begin, int64_t end) {
+    const T* block = x + begin;
+    A centre = 0;
+    if (centred && moments.count > 0) {
+      centre = A(moments.mean);
+    } else if (centred) {
+      const int64_t few = enough_for_centre(end - begin);
+      const A first = first_of(block);
+      const auto [sum] = block_sums<1, T>(few, [&](int64_t i, auto... lanes) {
+        return std::array<Pack<T>, 1>{load(block + i, lanes...) - first};
+      });
+      centre = A(double(first) + sum / double(few));
+    }
+    const auto [sum, square] = block_sums<2, T>(end - begin, [&](int64_t i, auto... lanes) {
+      const Pack<T> d = load(block + i, lanes...) - centre;
+      return std::array<Pack<T>, 2>{d, d * d};
+    });
+    moments.add(double(end - begin), centred, double(centre), sum, square);
+  });
+}
+
+// How a set lies in memory, and which gammas its elements have.
+struct Sets {
+  int64_t groups, before, members, after, run, pieces;
+  bool gamma_per_element;
+
+  explicit Sets(const NormwiseNorm& norm)
+      : groups(norm.groups),
+        before(norm.before),
+        members(norm.members),
+        after(norm.after),
+        run(norm.members * norm.after),
+        pieces(before == 1 ? std::max<int64_t>(1, (run + kPieceElements - 1) / kPieceElements) : 1),
+        gamma_per_element(norm.after == 1) {}
+
+  int64_t elements() const { return before * run; }
+  int64_t outer(int64_t unit) const { return unit / groups; }
+  int64_t group(int64_t unit) const { return unit % groups; }
+  int64_t channel(int64_t unit) const { return group(unit) * members; }
+  // Where the mean of a unit is in the statistics; 1 / standard deviation comes `groups` later.
+  int64_t statistics(int64_t unit) const { return outer(unit) * 2 * groups + group(unit); }
+
+  Split split(const NormwiseNorm& norm) const {
+    const int64_t units = norm.outer * groups;
+    const int64_t least = kElementsPerThread / elements();
+    // A chunk may have two sums for every element of a set.
+    const int64_t per_chunk = std::max({int64_t(1), (units + 63) / 64, least});
+    return {units, pieces, elements(),
+            gamma_per_element ? std::max<int64_t>(4, per_chunk) : per_chunk};
+  }
+
+  // Calls f(start, begin, end) for the runs of a piece, as offsets into x: that of the whole run,
+  // and those of what is in the piece.
+  template <class F>
+  void for_runs(int64_t unit, int64_t piece, const F& f) const {
+    for (int64_t index = 0; index < before; ++index) {
+      const int64_t start = ((outer(unit) * before + index) * groups + group(unit)) * run;
+      f(start, start + piece * kPieceElements,
+        pieces == 1 ? start + run : std::min(start + run, start + (piece + 1) * kPieceElements));
+    }
+  }
+
+  // Calls f(member, begin, end) for the stretches of one gamma between two offsets of a run.
+  template <class F>
+  void for_stretches(int64_t start, int64_t begin, int64_t end, const F& f) const {
+    for (int64_t member = (begin - start) / after; begin < end; ++member) {
+      const int64_t stop = std::min(end, start + (member + 1) * after);
+      f(member, begin, stop);
+      begin = stop;
+    }
+  }
+};
+
+template <class T, Kind kind>
+struct Forward {
+  using A = ArithmeticOf<T>;
+
+  Tensors<T> tensors;
+  Sets sets;
+  Split split;
+  Parameters<T> parameters;  // where each element has its own
+
+  explicit Forward(const Call& call)
+      : tensors(call),
+        sets(call.norm),
+        split(sets.split(call.norm)),
+        parameters(tensors, sets.gamma_per_element ? sets.groups : 0, sets.members) {}
+
+  struct Scratch {
+    std::vector<Moments> moments;       // piece by piece
+    A mean = 0, inv_std = 0, rest = 0;  // xhat = (x - mean) * inv_std + rest
+
+    explicit Scratch(const Forward& job) : moments(size_t(job.split.pieces)) {}
+  };
+
+  void prepare(int64_t, Scratch&) const {}
+
+  void gather(int64_t unit, int64_t piece, int64_t, Scratch& scratch) const {
+    Moments moments;
+    sets.for_runs(unit, piece, [&](int64_t, int64_t begin, int64_t end) {
+      add_run(tensors.x + begin, end - begin, tensors.norm.centred != 0, moments);
+    });
+    scratch.moments[size_t(piece)] = moments;
+  }
+
+  void settle(int64_t unit, int64_t, Scratch& scratch) const {
+    Moments all = scratch.moments[0];
+    for (size_t piece = 1; piece < scratch.moments.size(); ++piece) {
+      const Moments& part = scratch.moments[piece];
+      all.merge(part.count, part.mean, part.squares);
+    }
+    const double inv_std = inverse_root(all.squares / all.count, tensors.norm.epsilon);
+    scratch.mean = A(all.mean);
+    scratch.inv_std = A(inv_std);
+    scratch.rest = A((double(scratch.mean) - all.mean) * inv_std);
+    A* statistics = tensors.statistics + sets.statistics(unit);
+    statistics[0] = scratch.mean;
+    statistics[sets.groups] = scratch.inv_std;
+  }
+
+  void apply(int64_t unit, int64_t piece, const Scratch& scratch) const {
+    const T* x = tensors.x;
+    T* y = tensors.y;
+    const A mean = scratch.mean, inv_std = scratch.inv_std, rest = scratch.rest;
+    const A slope = tensors.slope;
+    const int code = tensors.norm.activation;
+    sets.for_runs(unit, piece, [&](int64_t start, int64_t begin, int64_t end) {
+      if (sets.gamma_per_element) {
+        const int64_t first = sets.group(unit) * padded<T>(sets.members) - start;
+        const A *gamma = parameters.gamma.data() + first, *beta = parameters.beta.data() + first;
+        for_packs<T>(begin, end, [&](int64_t i, auto... lanes) {
+          const Pack<T> xhat = (load(x + i, lanes...) - mean) * inv_std + rest;
+          const Pack<T> z = xhat * read<T>(gamma + i) + read<T>(beta + i);
+          store(y + i, activate<kind>(z, code, slope), lanes...);
+        });
+        return;
+      }
+      sets.for_stretches(start, begin, end, [&](int64_t member, int64_t from, int64_t to) {
+        const int64_t channel = sets.channel(unit) + member;
+        const A scale = inv_std * tensors.gamma_at(channel);
+        const A shift = rest * tensors.gamma_at(channel) + tensors.beta_at(channel);
+        for_packs<T>(from, to, [&](int64_t i, auto... lanes) {
+          const Pack<T> z = (load(x + i, lanes...) - mean) * scale + shift;
+          store(y + i, activate<kind>(z, code, slope), lanes...);
+        });
+      });
+    });
+  }
+};
+
+template <class T, Kind kind>
+struct Backward {
+  using A = ArithmeticOf<T>;
+
+  Tensors<T> tensors;
+  Sets sets;
+  Split split;
+  Parameters<T> parameters;      // where each element has its own
+  Accumulators<A> accumulators;  // in the order of the parameters
+
+  explicit Backward(const Call& call)
+      : tensors(call),
+        sets(call.norm),
+        split(sets.split(call.norm)),
+        parameters(tensors, sets.gamma_per_element ? sets.groups : 0, sets.members),
+        accumulators(split.chunks(), sets.groups * width(),
+                     call.dgamma != nullptr || call.dbeta != nullptr) {}
+
+  // How many sums a group has.
+  int64_t width() const { return sets.gamma_per_element ? padded<T>(sets.members) : sets.members; }
+
+  struct Scratch {
+    // Sums of g = gamma * dz and of g * xhat over the set, piece by piece.
+    std::vector<double> g, gx;
+    // Where a gamma has a stretch: sums of dz and of dz * xhat, member by member of a piece.
+    std::vector<double> dz, dzx;
+    A mean = 0, inv_std = 0, offset = 0, pull = 0;  // dx = g * inv_std - (offset + xhat * pull)
+
+    explicit Scratch(const Backward& job)
+        : g(size_t(job.split.pieces)),
+          gx(g.size()),
+          dz(job.sets.gamma_per_element ? 0 : size_t(job.split.pieces * job.sets.members)),
+          dzx(dz.size()) {}
+  };
+
+  void prepare(int64_t unit, Scratch& scratch) const {
+    const A* statistics = tensors.statistics + sets.statistics(unit);
+    scratch.mean = statistics[0];
+    scratch.inv_std = statistics[sets.groups];
+    for (auto* sums : {&scratch.g, &scratch.gx, &scratch.dz, &scratch.dzx}) {
+      std::fill(sums->begin(), sums->end(), 0.0);
+    }
+  }
+
+  // dz, the gradient with respect to what the activation was given. A parameter is a pack or one
+  // number for all.
+  template <class P>
+  Pack<T> gradient(Pack<T> dy, Pack<T> xhat, P gamma, P beta) const {
+    if constexpr (kind == Kind::kIdentity) return dy;
+    return deactivate<kind>(dy, xhat * gamma + beta, tensors.norm.activation, tensors.slope);
+  }
+
+  void gather(int64_t unit, int64_t piece, int64_t chunk, Scratch& scratch) const {
+    sets.for_runs(unit, piece, [&](int64_t start, int64_t begin, int64_t end) {
+      if (sets.gamma_per_element) {
+        gather_elements(unit, piece, chunk, start, begin, end, scratch);
+        return;
+      }
+      sets.for_stretches(start, begin, end, [&](int64_t member, int64_t from, int64_t to) {
+        gather_stretch(unit, piece, member, from, to, scratch);
+      });
+    });
+  }
+
+  void gather_elements(int64_t unit, int64_t piece, int64_t chunk, int64_t start, int64_t begin,
+                       int64_t end, Scratch& scratch) const {
+    const int64_t first = sets.group(unit) * width() - start;
+    const A *gammas = parameters.gamma.data() + first, *betas = parameters.beta.data() + first;
+    const bool wanted = accumulators.wanted();
+    A* dgamma = wanted ? accumulators.dgamma(chunk) + first : nullptr;
+    A* dbeta = wanted ? accumulators.dbeta(chunk) + first : nullptr;
+    const T *x = tensors.x, *dy = tensors.dy;
+    const A mean = scratch.mean, inv_std = scratch.inv_std;
+    double g_total = 0, gx_total = 0;
+    for_blocks(begin, end, [&](int64_t from, int64_t to) {
+      const auto [g, gx] = block_sums<2, T>(to - from, [&](int64_t offset, auto... lanes) {
+        const int64_t i = from + offset;
+        const Pack<T> xhat = (load(x + i, lanes...) - mean) * inv_std;
+        const Pack<T> gamma = read<T>(gammas + i);
+        const Pack<T> dz = gradient(load(dy + i, lanes...), xhat, gamma, read<T>(betas + i));
+        if (wanted) {
+          write<T>(dgamma + i, read<T>(dgamma + i) + dz * xhat);
+          write<T>(dbeta + i, read<T>(dbeta + i) + dz);
+        }
+        return std::array<Pack<T>, 2>{dz * gamma, dz * gamma * xhat};
+      });
+      g_total += g;
+      gx_total += gx;
+    });
+    scratch.g[size_t(piece)] += g_total;
+    scratch.gx[size_t(piece)] += gx_total;
+  }
+
+  void gather_stretch(int64_t unit, int64_t piece, int64_t member, int64_t begin, int64_t end,
+                      Scratch& scratch) const {
+    const A gamma = tensors.gamma_at(sets.channel(unit) + member);
+    const A beta = tensors.beta_at(sets.channel(unit) + member);
+    const T *x = tensors.x, *dy = tensors.dy;
+    const A mean = scratch.mean, inv_std = scratch.inv_std;
+    double dz_total = 0, dzx_total = 0;
+    for_blocks(begin, end, [&](int64_t from, int64_t to) {
+      const auto [dz_sum, dzx_sum] =
+          block_sums<2, T>(to - from, [&](int64_t offset, auto... lanes) {
+            const int64_t i = from + offset;
+            const Pack<T> xhat = (load(x + i, lanes...) - mean) * inv_std;
+            const Pack<T> dz = gradient(load(dy + i, lanes...), xhat, gamma, beta);
+            return std::array<Pack<T>, 2>{dz, dz * xhat};
+          });
+      dz_total += dz_sum;
+      dzx_total += dzx_sum;
+    });
+    scratch.dz[size_t(piece * sets.members + member)] += dz_total;
+    scratch.dzx[size_t(piece * sets.members + member)] += dzx_total;
+    scratch.g[size_t(piece)] += double(gamma) * dz_total;
+    scratch.gx[size_t(piece)] += double(gamma) * dzx_total;
+  }
+
+  void settle(int64_t unit, int64_t chunk, Scratch& scratch) const {
+    double g = 0, gx = 0;
+    for (int64_t piece = 0; piece < split.pieces; ++piece) {
+      g += scratch.g[size_t(piece)];
+      gx += scratch.gx[size_t(piece)];
+    }
+    const double factor = double(scratch.inv_std) / double(sets.elements());
+    scratch.offset = tensors.norm.centred ? A(factor * g) : A(0);
+    scratch.pull = A(factor * gx);
+    if (sets.gamma_per_element || !accumulators.wanted()) return;
+    A* dgamma = accumulators.dgamma(chunk) + sets.channel(unit);
+    A* dbeta = accumulators.dbeta(chunk) + sets.channel(unit);
+    for (int64_t piece = 0; piece < split.pieces; ++piece) {
+      for (int64_t member = 0; member < sets.members; ++member) {
+        dgamma[member] += A(scratch.dzx[size_t(piece * sets.members + member)]);
+        dbeta[member] += A(scratch.dz[size_t(piece * sets.members + member)]);
+      }
+    }
+  }
+
+  void apply(int64_t unit, int64_t piece, const Scratch& scratch) const {
+    const T *x = tensors.x, *dy = tensors.dy;
+    T* dx = tensors.dx;
+    const A mean = scratch.mean, inv_std = scratch.inv_std;
+    const A offset = scratch.offset, pull = scratch.pull;
+    const auto write_pack = [=](int64_t i, auto gamma, auto beta, auto... lanes) {
+      const Pack<T> xhat = (load(x + i, lanes...) - mean) * inv_std;
+      const Pack<T> dz = gradient(load(dy + i, lanes...), xhat, gamma, beta);
+      store(dx + i, dz * gamma * inv_std - (xhat * pull + offset), lanes...);
+    };
+    sets.for_runs(unit, piece, [&](int64_t start, int64_t begin, int64_t end) {
+      if (sets.gamma_per_element) {
+        const int64_t first = sets.group(unit) * width() - start;
+        const A *gamma = parameters.gamma.data() + first, *beta = parameters.beta.data() + first;
+        for_packs<T>(begin, end, [&](int64_t i, auto... lanes) {
+          write_pack(i, read<T>(gamma + i), read<T>(beta + i), lanes...);
+        });
+        return;
+      }
+      sets.for_stretches(start, begin, end, [&](int64_t member, int64_t from, int64_t to) {
+        const A gamma = tensors.gamma_at(sets.channel(unit) + member);
+        const A beta = tensors.beta_at(sets.channel(unit) + member);
+        for_packs<T>(from, to,
+                     [&](int64_t i, auto... lanes) { write_pack(i, gamma, beta, lanes...); });
+      });
+    });
+  }
+
+  void reduce(int threads) const {
+    if (!sets.gamma_per_element) {
+      accumulators.reduce(tensors.dgamma, tensors.dbeta, threads);
+      return;
+    }
+    std::vector<A> dgamma(parameters.gamma.size()), dbeta(dgamma.size());
+    accumulators.reduce(dgamma.data(), dbeta.data(), threads);
+    Parameters<T>::give(dgamma, tensors.dgamma, sets.groups, sets.members);
+    Parameters<T>::give(dbeta, tensors.dbeta, sets.groups, sets.members);
+  }
+};
+
+}  // namespace runs
+
+void run_runs(const Call& call, int threads) {
+  run_family<runs::Forward, runs::Backward>(call, threads);
+}
+
+}  // namespace normwise::NORMWISE_ISA
