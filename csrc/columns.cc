@@ -302,7 +302,7 @@ struct Backward {
     // Per piece the sums of dz and of dz * (x - mean), channel by channel.
     std::vector<double> dz, dzx;
     // Per column xhat = (x - mean) * inv_std, z = xhat * gamma + beta, and
-    // dx = dz * factor - (offset + xhat * pull).
+    // dx = dz * factor - (offset + (x - mean) * pull).
     std::vector<A> mean, inv_std, gamma, beta, factor, offset, pull;
 
     explicit Scratch(const Backward& job)
@@ -350,21 +350,16 @@ struct Backward {
     // Adds the sums over some lines, `offset` elements from the start of the unit.
     const auto add = [&](int64_t offset, int64_t lines, int64_t first, int64_t columns) {
       const T *x = tensors.x + start + offset, *dy = tensors.dy + start + offset;
-      for_strips<kReadRows>(lines, [&](int64_t line, int64_t step, auto count) {
+      for_strips<kReadRows / 2>(lines, [&](int64_t line, int64_t step, auto count) {
         for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
           const Pack<T> mean = read<T>(scratch.mean.data() + first + column);
           Pack<T> dz_sum = read<T>(dz + column), dzx_sum = read<T>(dzx + column);
           for (int k = 0; k < count; ++k) {
             const int64_t at = (line + k * step) * shape.columns + first + column;
             const Pack<T> deviation = load(x + at, lanes...) - mean;
-            Pack<T> g = gradient(load(dy + at, lanes...), deviation, first + column, scratch);
-            Pack<T> gx = g * deviation;
-            if constexpr (sizeof...(lanes) == 1) {
-              g = keep(g, lanes...);
-              gx = keep(gx, lanes...);
-            }
-            dz_sum += g;
-            dzx_sum += gx;
+            const Pack<T> g = gradient(load(dy + at, lanes...), deviation, first + column, scratch);
+            dz_sum += keep(g, lanes...);
+            dzx_sum += keep(g * deviation, lanes...);
           }
           write<T>(dz + column, dz_sum);
           write<T>(dzx + column, dzx_sum);
@@ -418,7 +413,7 @@ struct Backward {
         const size_t channel = size_t(i);
         scratch.factor[channel] = A(inv_std) * tensors.gamma_at(i);
         scratch.offset[channel] = offset;
-        scratch.pull[channel] = A(inv_std * gx_sum / size);
+        scratch.pull[channel] = A(inv_std * inv_std * gx_sum / size);
       }
     }
     for (auto* line : {&scratch.factor, &scratch.offset, &scratch.pull}) {
@@ -434,7 +429,6 @@ struct Backward {
       constexpr int K = count;
       for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
         const Pack<T> mean = read<T>(scratch.mean.data() + column);
-        const Pack<T> inv_std = read<T>(scratch.inv_std.data() + column);
         const Pack<T> factor = read<T>(scratch.factor.data() + column);
         const Pack<T> all = read<T>(scratch.offset.data() + column);
         const Pack<T> pull = read<T>(scratch.pull.data() + column);
@@ -445,8 +439,8 @@ struct Backward {
           dz[k] = gradient(load(dy + at, lanes...), deviation[k], column, scratch);
         }
         for (int k = 0; k < K; ++k) {
-          store(dx + offset + k * step + column,
-                dz[k] * factor - (all + deviation[k] * inv_std * pull), lanes...);
+          store(dx + offset + k * step + column, dz[k] * factor - (all + deviation[k] * pull),
+                lanes...);
         }
       });
     });

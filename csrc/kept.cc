@@ -166,7 +166,7 @@ struct Backward {
     std::vector<A> mean, inv_std;
     std::vector<A> g, gx;         // sums of g = gamma * dz and of g * xhat over a block
     std::vector<double> gs, gxs;  // and over all
-    std::vector<A> offset, pull;  // dx = g * inv_std - (offset + xhat * pull)
+    std::vector<A> offset, pull;  // dx = g * inv_std - (offset + (x - mean) * pull)
 
     explicit Scratch(const Backward& job)
         : mean(size_t(padded<T>(job.tiles.width))),
@@ -199,8 +199,7 @@ struct Backward {
     for (int64_t row = 0; row < tiles.members; row += kBlockRows) {
       for (auto* sums : {&scratch.g, &scratch.gx}) std::fill(sums->begin(), sums->end(), A(0));
       const int64_t rows = std::min(kBlockRows, tiles.members - row);
-      // Of as many rows as of those written: each needs two sums of its own in registers.
-      for_strips<kWrittenRows>(rows, [&](int64_t first, int64_t step, auto count) {
+      for_strips<kReadRows / 2>(rows, [&](int64_t first, int64_t step, auto count) {
         gather_strip<count>(unit, chunk, row + first, step, scratch);
       });
       for (size_t i = 0; i < scratch.g.size(); ++i) {
@@ -229,16 +228,12 @@ struct Backward {
       for (int k = 0; k < K; ++k) {
         const int64_t at = (row + k * step) * tiles.after + column;
         const Pack<T> xhat = (load(x + at, lanes...) - mean) * inv_std;
-        Pack<T> dz = gradient(load(dy + at, lanes...), xhat, gamma[k], beta[k]);
-        Pack<T> dzx = dz * xhat;
+        const Pack<T> dz = gradient(load(dy + at, lanes...), xhat, gamma[k], beta[k]);
+        const Pack<T> dzx = dz * xhat;
         g_sum += dz * gamma[k];
         gx_sum += dzx * gamma[k];
-        if constexpr (sizeof...(lanes) == 1) {  // beyond the tile the scratch has values of old
-          dz = keep(dz, lanes...);
-          dzx = keep(dzx, lanes...);
-        }
-        row_dz[k] += dz;
-        row_dzx[k] += dzx;
+        row_dz[k] += keep(dz, lanes...);
+        row_dzx[k] += keep(dzx, lanes...);
       }
       write<T>(scratch.g.data() + column, g_sum);
       write<T>(scratch.gx.data() + column, gx_sum);
@@ -255,7 +250,7 @@ struct Backward {
     for (size_t i = 0; i < scratch.mean.size(); ++i) {
       const double inv_std = double(scratch.inv_std[i]);
       scratch.offset[i] = tensors.norm.centred ? A(inv_std * scratch.gs[i] / size) : A(0);
-      scratch.pull[i] = A(inv_std * scratch.gxs[i] / size);
+      scratch.pull[i] = A(inv_std * inv_std * scratch.gxs[i] / size);
     }
   }
 
@@ -275,15 +270,15 @@ struct Backward {
         const Pack<T> inv_std = read<T>(scratch.inv_std.data() + column);
         const Pack<T> offset = read<T>(scratch.offset.data() + column);
         const Pack<T> pull = read<T>(scratch.pull.data() + column);
-        Pack<T> xhat[K], dz[K];
+        Pack<T> deviation[K], dz[K];
         for (int k = 0; k < K; ++k) {
           const int64_t at = (row + k * step) * tiles.after + column;
-          xhat[k] = (load(x + at, lanes...) - mean) * inv_std;
-          dz[k] = gradient(load(dy + at, lanes...), xhat[k], gamma[k], beta[k]);
+          deviation[k] = load(x + at, lanes...) - mean;
+          dz[k] = gradient(load(dy + at, lanes...), deviation[k] * inv_std, gamma[k], beta[k]);
         }
         for (int k = 0; k < K; ++k) {
           store(dx + (row + k * step) * tiles.after + column,
-                dz[k] * (inv_std * gamma[k]) - (offset + xhat[k] * pull), lanes...);
+                dz[k] * (inv_std * gamma[k]) - (offset + deviation[k] * pull), lanes...);
         }
       });
     });

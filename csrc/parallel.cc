@@ -43,6 +43,46 @@ inline void pause() {
 // longer would take a core from the framework's own pool.
 constexpr int kSpins = 1000;
 
+// The tasks of one call. Each thread has a range of neighbouring ones, which it takes in order, and
+// then helps with the ranges of the others. Were neighbours handed to different threads, these
+// would write side by side, and one's cache would fetch ahead what the other is about to write:
+// layer norm over (8, 96, 56, 56), axis 1, took 2.4 times as long then, whenever they fell into
+// step.
+class Job {
+ public:
+  static constexpr int kMostRanges = 64;
+
+  Job(int threads, int64_t tasks, void (*work)(void*, int64_t), void* context)
+      : tasks_(tasks), ranges_(std::min(threads, kMostRanges)), work_(work), context_(context) {
+    for (int range = 0; range < ranges_; ++range) next_[range].task = begin(range);
+  }
+
+  // Helps until no task is left; `self` tells the threads apart.
+  void help(int self) {
+    for (int i = 0; i < ranges_; ++i) {
+      const int range = (self + i) % ranges_;
+      for (;;) {
+        const int64_t task = next_[range].task.fetch_add(1, std::memory_order_relaxed);
+        if (task >= begin(range + 1)) break;
+        work_(context_, task);
+      }
+    }
+  }
+
+ private:
+  struct alignas(64) Next {
+    std::atomic<int64_t> task;
+  };
+
+  int64_t begin(int range) const { return tasks_ * range / ranges_; }
+
+  int64_t tasks_;
+  int ranges_;
+  void (*work_)(void*, int64_t);
+  void* context_;
+  Next next_[kMostRanges];
+};
+
 class Pool {
  public:
   explicit Pool(int workers) {
@@ -64,21 +104,18 @@ class Pool {
 #endif
   }
 
-  // Whether the tasks were run; not so where the pool is taken.
-  bool run(int threads, int64_t tasks, void (*work)(void*, int64_t), void* context) {
+  // Whether the job was done; not so where the pool is taken.
+  bool run(Job& job, int threads) {
     std::unique_lock<std::mutex> mine(callers_, std::try_to_lock);
     if (!mine.owns_lock()) return false;
-    work_ = work;
-    context_ = context;
-    tasks_ = tasks;
+    job_ = &job;
     helpers_ = threads - 1;
-    next_.store(0, std::memory_order_relaxed);
     round_.fetch_add(1);  // odd: open
     if (asleep_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    take_tasks();
+    job.help(0);
     round_.fetch_add(1);  // even: closed. No task is left, but some may still be at work on theirs.
     for (int spins = 0; inside_.load() > 0; ++spins) {
       spins < kSpins ? pause() : std::this_thread::yield();
@@ -87,14 +124,6 @@ class Pool {
   }
 
  private:
-  void take_tasks() {
-    for (;;) {
-      const int64_t task = next_.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks_) return;
-      work_(context_, task);
-    }
-  }
-
   void serve(int index) {
     uint64_t done = 0;
     for (int spins = 0;; ++spins) {
@@ -103,7 +132,7 @@ class Pool {
         // Whoever is inside is waited for, so the job is read only once the round is found open
         // still: both sides use sequentially consistent operations, and one sees the other.
         inside_.fetch_add(1);
-        if (round_.load() == round && index < helpers_) take_tasks();
+        if (round_.load() == round && index < helpers_) job_->help(index + 1);
         inside_.fetch_sub(1);
         done = round;
         spins = 0;
@@ -120,11 +149,8 @@ class Pool {
   }
 
   std::mutex callers_;
-  void (*work_)(void*, int64_t) = nullptr;
-  void* context_ = nullptr;
-  int64_t tasks_ = 0;
+  Job* job_ = nullptr;
   int helpers_ = 0;
-  std::atomic<int64_t> next_{0};
   std::atomic<uint64_t> round_{0};
   std::atomic<int> inside_{0};
   std::mutex sleep_;
@@ -137,20 +163,19 @@ class Pool {
 using OpenMp = void (*)(void (*work)(void*), void* context, unsigned threads, unsigned flags);
 std::atomic<OpenMp> openmp{nullptr};
 
-struct Job {
-  int64_t tasks;
-  void (*work)(void*, int64_t);
-  void* context;
-  std::atomic<int64_t> next{0};
-
-  void take_tasks() {
-    for (;;) {
-      const int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks) return;
-      work(context, task);
-    }
-  }
-};
+void run_on_openmp(OpenMp parallel, Job& job, int threads) {
+  struct Team {
+    Job& job;
+    std::thread::id caller;
+    std::atomic<int> others{0};
+  } team{job, std::this_thread::get_id()};
+  const auto help = [](void* context) {
+    Team& team = *static_cast<Team*>(context);
+    const bool is_caller = std::this_thread::get_id() == team.caller;
+    team.job.help(is_caller ? 0 : 1 + team.others.fetch_add(1, std::memory_order_relaxed));
+  };
+  parallel(help, &team, unsigned(threads), 0);
+}
 
 // Never destroyed: its threads may outlive the statics of a process that exits.
 std::atomic<Pool*> pool{nullptr};
@@ -203,13 +228,12 @@ void use_openmp(void* parallel) {
 
 void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* context) {
   threads = int(std::min<int64_t>(threads, tasks));
+  Job job(threads, tasks, work, context);
   if (const OpenMp parallel = openmp.load()) {
-    Job job{tasks, work, context};
-    parallel([](void* job) { static_cast<Job*>(job)->take_tasks(); }, &job, unsigned(threads), 0);
-    return;
+    run_on_openmp(parallel, job, threads);
+  } else if (!the_pool()->run(job, threads)) {
+    job.help(0);
   }
-  if (the_pool()->run(threads, tasks, work, context)) return;
-  for (int64_t task = 0; task < tasks; ++task) work(context, task);
 }
 
 }  // namespace normwise

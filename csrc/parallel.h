@@ -14,8 +14,8 @@ int thread_limit();
 void use_openmp(void* parallel);
 
 // Calls work(context, task) once for every task in [0, tasks), on up to `threads` threads of which
-// the caller is one, and returns when all are done. Tasks are handed out in order, to whoever is
-// free. Where the pool is at work for another caller, all run in this one.
+// the caller is one, and returns when all are done. Each thread begins in a part of its own of the
+// tasks. Where the pool is at work for another caller, all run in this one.
 void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* context);
 
 template <class Work>

@@ -8,49 +8,39 @@
 namespace normwise::NORMWISE_ISA {
 namespace runs {
 
-// Of so many elements the sums stay in float32; then they go on in float64.
-constexpr int64_t kBlockElements = 1 << 13;
 // A piece of a long set, to be read by one thread.
 constexpr int64_t kPieceElements = 1 << 16;
 // A block is read in as many places at once: its pages come from memory side by side.
 template <class T>
 constexpr int kStreams = 4 / kVectors<T>;
+// Of a block the sums stay in float32, 128 terms in each lane; then they go on in float64.
+template <class T>
+constexpr int64_t kBlockElements = 128 * kStreams<T> * kPack<T>;
 
-// The sums of `Count` terms over a block of elements: f(i, lanes...) gives those of a pack.
-template <size_t Count, class T, class F>
-NORMWISE_INLINE std::array<double, Count> block_sums(int64_t elements, const F& f) {
+// Two sums over a block of elements: f(i, first, second, lanes...) adds what a pack gives to them.
+template <class T, class F>
+NORMWISE_INLINE std::array<double, 2> block_sums(int64_t elements, const F& f) {
   constexpr int kPlaces = kStreams<T>;
-  Pack<T> acc[Count][kPlaces] = {};
+  Pack<T> first[kPlaces] = {}, second[kPlaces] = {};
   const int64_t step = elements / (kPlaces * kPack<T>)*kPack<T>;
   for (int64_t i = 0; i < step; i += kPack<T>) {
-    for (int place = 0; place < kPlaces; ++place) {
-      const std::array<Pack<T>, Count> terms = f(place * step + i);
-      for (size_t c = 0; c < Count; ++c) acc[c][place] += terms[c];
-    }
+    for (int place = 0; place < kPlaces; ++place) f(place * step + i, first[place], second[place]);
   }
-  for_packs<T>(kPlaces * step, elements, [&](int64_t i, auto... lanes) {
-    const std::array<Pack<T>, Count> terms = f(i, lanes...);
-    for (size_t c = 0; c < Count; ++c) {
-      if constexpr (sizeof...(lanes) == 1) {
-        acc[c][1] += keep(terms[c], lanes...);
-      } else {
-        acc[c][0] += terms[c];
-      }
-    }
-  });
-  std::array<double, Count> totals;
-  for (size_t c = 0; c < Count; ++c) {
-    Pack<T> all = acc[c][0] + acc[c][1];
-    if constexpr (kPlaces == 4) all += acc[c][2] + acc[c][3];
-    totals[c] = double(sum<ArithmeticOf<T>>(together(all)));
-  }
-  return totals;
+  for_packs<T>(kPlaces * step, elements,
+               [&](int64_t i, auto... lanes) { f(i, first[0], second[0], lanes...); });
+  const auto total = [](const Pack<T>(&places)[kPlaces]) {
+    Pack<T> all = places[0] + places[1];
+    if constexpr (kPlaces == 4) all += places[2] + places[3];
+    return double(sum<ArithmeticOf<T>>(together(all)));
+  };
+  return {total(first), total(second)};
 }
 
 // Calls f(begin, end) for the blocks between two offsets.
-template <class F>
+template <class T, class F>
 inline void for_blocks(int64_t begin, int64_t end, const F& f) {
-  for (; begin < end; begin += kBlockElements) f(begin, std::min(end, begin + kBlockElements));
+  for (; begin < end; begin += kBlockElements<T>)
+    f(begin, std::min(end, begin + kBlockElements<T>));
 }
 
 // Adds the elements of a run to the moments, block by block, each read once: what is summed up are
@@ -58,7 +48,7 @@ inline void for_blocks(int64_t begin, int64_t end, const F& f) {
 template <class T>
 void add_run(const T* x, int64_t elements, bool centred, Moments& moments) {
   using A = ArithmeticOf<T>;
-  for_blocks(0, elements, [&](int64_t begin, int64_t end) {
+  for_blocks<T>(0, elements, [&](int64_t begin, int64_t end) {
     const T* block = x + begin;
     A centre = 0;
     if (centred && moments.count > 0) {
@@ -66,15 +56,17 @@ void add_run(const T* x, int64_t elements, bool centred, Moments& moments) {
     } else if (centred) {
       const int64_t few = enough_for_centre(end - begin);
       const A first = first_of(block);
-      const auto [sum] = block_sums<1, T>(few, [&](int64_t i, auto... lanes) {
-        return std::array<Pack<T>, 1>{load(block + i, lanes...) - first};
+      const auto sums = block_sums<T>(few, [&](int64_t i, Pack<T>& sum, Pack<T>&, auto... lanes) {
+        sum += keep(load(block + i, lanes...) - first, lanes...);
       });
-      centre = A(double(first) + sum / double(few));
+      centre = A(double(first) + sums[0] / double(few));
     }
-    const auto [sum, square] = block_sums<2, T>(end - begin, [&](int64_t i, auto... lanes) {
-      const Pack<T> d = load(block + i, lanes...) - centre;
-      return std::array<Pack<T>, 2>{d, d * d};
-    });
+    const auto [sum, square] =
+        block_sums<T>(end - begin, [&](int64_t i, Pack<T>& sums, Pack<T>& squares, auto... lanes) {
+          const Pack<T> d = keep(load(block + i, lanes...) - centre, lanes...);
+          sums += d;
+          squares += d * d;
+        });
     moments.add(double(end - begin), centred, double(centre), sum, square);
   });
 }
@@ -234,7 +226,8 @@ struct Backward {
     std::vector<double> g, gx;
     // Where a gamma has a stretch: sums of dz and of dz * xhat, member by member of a piece.
     std::vector<double> dz, dzx;
-    A mean = 0, inv_std = 0, offset = 0, pull = 0;  // dx = g * inv_std - (offset + xhat * pull)
+    // dx = g * inv_std - (offset + (x - mean) * pull).
+    A mean = 0, inv_std = 0, offset = 0, pull = 0;
 
     explicit Scratch(const Backward& job)
         : g(size_t(job.split.pieces)),
@@ -282,18 +275,20 @@ struct Backward {
     const T *x = tensors.x, *dy = tensors.dy;
     const A mean = scratch.mean, inv_std = scratch.inv_std;
     double g_total = 0, gx_total = 0;
-    for_blocks(begin, end, [&](int64_t from, int64_t to) {
-      const auto [g, gx] = block_sums<2, T>(to - from, [&](int64_t offset, auto... lanes) {
-        const int64_t i = from + offset;
-        const Pack<T> xhat = (load(x + i, lanes...) - mean) * inv_std;
-        const Pack<T> gamma = read<T>(gammas + i);
-        const Pack<T> dz = gradient(load(dy + i, lanes...), xhat, gamma, read<T>(betas + i));
-        if (wanted) {
-          write<T>(dgamma + i, read<T>(dgamma + i) + dz * xhat);
-          write<T>(dbeta + i, read<T>(dbeta + i) + dz);
-        }
-        return std::array<Pack<T>, 2>{dz * gamma, dz * gamma * xhat};
-      });
+    for_blocks<T>(begin, end, [&](int64_t from, int64_t to) {
+      const auto [g, gx] = block_sums<T>(
+          to - from, [&](int64_t offset, Pack<T>& g_sum, Pack<T>& gx_sum, auto... lanes) {
+            const int64_t i = from + offset;
+            const Pack<T> xhat = (load(x + i, lanes...) - mean) * inv_std;
+            const Pack<T> gamma = read<T>(gammas + i);
+            const Pack<T> dz = gradient(load(dy + i, lanes...), xhat, gamma, read<T>(betas + i));
+            if (wanted) {
+              write<T>(dgamma + i, read<T>(dgamma + i) + dz * xhat);
+              write<T>(dbeta + i, read<T>(dbeta + i) + dz);
+            }
+            g_sum += keep(dz * gamma, lanes...);
+            gx_sum += keep(dz * gamma * xhat, lanes...);
+          });
       g_total += g;
       gx_total += gx;
     });
@@ -308,13 +303,14 @@ struct Backward {
     const T *x = tensors.x, *dy = tensors.dy;
     const A mean = scratch.mean, inv_std = scratch.inv_std;
     double dz_total = 0, dzx_total = 0;
-    for_blocks(begin, end, [&](int64_t from, int64_t to) {
-      const auto [dz_sum, dzx_sum] =
-          block_sums<2, T>(to - from, [&](int64_t offset, auto... lanes) {
+    for_blocks<T>(begin, end, [&](int64_t from, int64_t to) {
+      const auto [dz_sum, dzx_sum] = block_sums<T>(
+          to - from, [&](int64_t offset, Pack<T>& sums, Pack<T>& sums_x, auto... lanes) {
             const int64_t i = from + offset;
             const Pack<T> xhat = (load(x + i, lanes...) - mean) * inv_std;
             const Pack<T> dz = gradient(load(dy + i, lanes...), xhat, gamma, beta);
-            return std::array<Pack<T>, 2>{dz, dz * xhat};
+            sums += keep(dz, lanes...);
+            sums_x += keep(dz * xhat, lanes...);
           });
       dz_total += dz_sum;
       dzx_total += dzx_sum;
@@ -333,7 +329,7 @@ struct Backward {
     }
     const double factor = double(scratch.inv_std) / double(sets.elements());
     scratch.offset = tensors.norm.centred ? A(factor * g) : A(0);
-    scratch.pull = A(factor * gx);
+    scratch.pull = A(factor * double(scratch.inv_std) * gx);
     if (sets.gamma_per_element || !accumulators.wanted()) return;
     A* dgamma = accumulators.dgamma(chunk) + sets.channel(unit);
     A* dbeta = accumulators.dbeta(chunk) + sets.channel(unit);
@@ -351,9 +347,9 @@ struct Backward {
     const A mean = scratch.mean, inv_std = scratch.inv_std;
     const A offset = scratch.offset, pull = scratch.pull;
     const auto write_pack = [=](int64_t i, auto gamma, auto beta, auto... lanes) {
-      const Pack<T> xhat = (load(x + i, lanes...) - mean) * inv_std;
-      const Pack<T> dz = gradient(load(dy + i, lanes...), xhat, gamma, beta);
-      store(dx + i, dz * gamma * inv_std - (xhat * pull + offset), lanes...);
+      const Pack<T> deviation = load(x + i, lanes...) - mean;
+      const Pack<T> dz = gradient(load(dy + i, lanes...), deviation * inv_std, gamma, beta);
+      store(dx + i, dz * gamma * inv_std - (deviation * pull + offset), lanes...);
     };
     sets.for_runs(unit, piece, [&](int64_t start, int64_t begin, int64_t end) {
       if (sets.gamma_per_element) {

@@ -195,7 +195,12 @@ NORMWISE_INLINE Vec<A> keep_lanes(Vec<A> v, int count) {
   return lane_numbers<A>() < IntOf<A>(count) ? v : Vec<A>{};
 }
 
-// The first `count` elements, 0 for the others: a NaN there must not reach a sum.
+// The first `count` elements, 0 for the others, as a sum wants a pack that is not whole: there may
+// be a NaN in the others. Without a count all elements.
+template <class T>
+NORMWISE_INLINE Pack<T> keep(Pack<T> a) {
+  return a;
+}
 template <class T>
 NORMWISE_INLINE Pack<T> keep(Pack<T> a, int count) {
   using A = ArithmeticOf<T>;
@@ -238,16 +243,21 @@ NORMWISE_INLINE void to_natural_order(E* p, int64_t size) {
   }
 }
 
-// A pack from an array of the arithmetic in pack order, and back.
+// A pack from an array of the arithmetic in pack order, and back. Vector by vector: copied as a
+// whole, GCC 12 takes it through the stack in pieces of 16 bytes.
 template <class T>
 NORMWISE_INLINE Pack<T> read(const ArithmeticOf<T>* p) {
+  using V = Vec<ArithmeticOf<T>>;
   Pack<T> a;
-  std::memcpy(&a, p, sizeof a);
+  std::memcpy(&a.v[0], p, sizeof(V));
+  if constexpr (kVectors<T> == 2) std::memcpy(&a.v[1], p + kLanes<ArithmeticOf<T>>, sizeof(V));
   return a;
 }
 template <class T>
 NORMWISE_INLINE void write(ArithmeticOf<T>* p, Pack<T> a) {
-  std::memcpy(p, &a, sizeof a);
+  using V = Vec<ArithmeticOf<T>>;
+  std::memcpy(p, &a.v[0], sizeof(V));
+  if constexpr (kVectors<T> == 2) std::memcpy(p + kLanes<ArithmeticOf<T>>, &a.v[1], sizeof(V));
 }
 
 // How elements of a type lie in memory: as many as a pack has are one vector of bits. float32 and
@@ -326,8 +336,81 @@ struct Element<Half> {
   }
 };
 
-// A pack from memory and back; with a `count` only so many elements are touched, and 0 is read for
-// the others.
+// Some of the elements of a pack as they lie in memory, 0 for the others, and back: what lies
+// beyond is not touched.
+
+// In powers of two: a memcpy of a length that is not known is a call.
+template <int Most, class T>
+NORMWISE_INLINE void copy_some(T* to, const T* from, int count) {
+  if constexpr (Most > 0) {
+    const int copied = count & Most;
+    if (copied != 0) std::memcpy(to, from, Most * sizeof(T));
+    copy_some<Most / 2>(to + copied, from + copied, count);
+  }
+}
+
+template <class T>
+NORMWISE_INLINE typename Element<T>::Bits load_bits(const T* p, int count) {
+  T elements[kPack<T>] = {};
+  copy_some<kPack<T> / 2>(elements, p, count);
+  return bit_cast<typename Element<T>::Bits>(elements);
+}
+
+template <class T>
+NORMWISE_INLINE void store_bits(T* p, typename Element<T>::Bits bits, int count) {
+  T elements[kPack<T>];
+  std::memcpy(elements, &bits, sizeof elements);
+  copy_some<kPack<T> / 2>(p, elements, count);
+}
+
+// Masked accesses are as fast as whole ones.
+#if defined(__AVX512F__)
+NORMWISE_INLINE Vec<float> load_bits(const float* p, int n) {
+  return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p));
+}
+NORMWISE_INLINE Vec<double> load_bits(const double* p, int n) {
+  return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p));
+}
+NORMWISE_INLINE Element<BFloat16>::Bits load_bits(const BFloat16* p, int n) {
+  const auto mask = __mmask32((uint64_t(1) << n) - 1);
+  return bit_cast<Element<BFloat16>::Bits>(_mm512_maskz_loadu_epi16(mask, p));
+}
+NORMWISE_INLINE Element<Half>::Bits load_bits(const Half* p, int n) {
+  return bit_cast<Element<Half>::Bits>(_mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p));
+}
+NORMWISE_INLINE void store_bits(float* p, Vec<float> bits, int n) {
+  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), bit_cast<__m512>(bits));
+}
+NORMWISE_INLINE void store_bits(double* p, Vec<double> bits, int n) {
+  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), bit_cast<__m512d>(bits));
+}
+NORMWISE_INLINE void store_bits(BFloat16* p, Element<BFloat16>::Bits bits, int n) {
+  const auto mask = __mmask32((uint64_t(1) << n) - 1);
+  _mm512_mask_storeu_epi16(p, mask, bit_cast<__m512i>(bits));
+}
+NORMWISE_INLINE void store_bits(Half* p, Element<Half>::Bits bits, int n) {
+  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), bit_cast<__m256i>(bits));
+}
+#elif defined(__AVX2__)
+template <class A>
+NORMWISE_INLINE __m256i first_lanes(int n) {
+  return bit_cast<__m256i>(lane_numbers<A>() < IntOf<A>(n));
+}
+NORMWISE_INLINE Vec<float> load_bits(const float* p, int n) {
+  return bit_cast<Vec<float>>(_mm256_maskload_ps(p, first_lanes<float>(n)));
+}
+NORMWISE_INLINE Vec<double> load_bits(const double* p, int n) {
+  return bit_cast<Vec<double>>(_mm256_maskload_pd(p, first_lanes<double>(n)));
+}
+NORMWISE_INLINE void store_bits(float* p, Vec<float> bits, int n) {
+  _mm256_maskstore_ps(p, first_lanes<float>(n), bit_cast<__m256>(bits));
+}
+NORMWISE_INLINE void store_bits(double* p, Vec<double> bits, int n) {
+  _mm256_maskstore_pd(p, first_lanes<double>(n), bit_cast<__m256d>(bits));
+}
+#endif
+
+// A pack from memory and back, whole or of some elements.
 
 template <class T>
 NORMWISE_INLINE Pack<T> load(const T* p) {
@@ -335,64 +418,19 @@ NORMWISE_INLINE Pack<T> load(const T* p) {
   std::memcpy(&bits, p, sizeof bits);
   return Element<T>::widen(bits);
 }
-
+template <class T>
+NORMWISE_INLINE Pack<T> load(const T* p, int count) {
+  return Element<T>::widen(load_bits(p, count));
+}
 template <class T>
 NORMWISE_INLINE void store(T* p, Pack<T> a) {
   const auto bits = Element<T>::narrow(a);
   std::memcpy(p, &bits, sizeof bits);
 }
-
-#if defined(__AVX512F__)
-// The copies further down are calls into libc; a masked access is as fast as a whole one.
-NORMWISE_INLINE __m512 load_bits(const float* p, int n) {
-  return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
-}
-NORMWISE_INLINE __m512d load_bits(const double* p, int n) {
-  return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p);
-}
-NORMWISE_INLINE __m512i load_bits(const BFloat16* p, int n) {
-  return _mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p);
-}
-NORMWISE_INLINE __m256i load_bits(const Half* p, int n) {
-  return _mm256_maskz_loadu_epi16(__mmask16((1u << n) - 1), p);
-}
-NORMWISE_INLINE void store_bits(float* p, __m512 bits, int n) {
-  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), bits);
-}
-NORMWISE_INLINE void store_bits(double* p, __m512d bits, int n) {
-  _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), bits);
-}
-NORMWISE_INLINE void store_bits(BFloat16* p, __m512i bits, int n) {
-  _mm512_mask_storeu_epi16(p, __mmask32((uint64_t(1) << n) - 1), bits);
-}
-NORMWISE_INLINE void store_bits(Half* p, __m256i bits, int n) {
-  _mm256_mask_storeu_epi16(p, __mmask16((1u << n) - 1), bits);
-}
-
-template <class T>
-NORMWISE_INLINE Pack<T> load(const T* p, int count) {
-  return Element<T>::widen(bit_cast<typename Element<T>::Bits>(load_bits(p, count)));
-}
-
 template <class T>
 NORMWISE_INLINE void store(T* p, Pack<T> a, int count) {
-  store_bits(p, bit_cast<decltype(load_bits(p, count))>(Element<T>::narrow(a)), count);
+  store_bits(p, Element<T>::narrow(a), count);
 }
-#else
-template <class T>
-NORMWISE_INLINE Pack<T> load(const T* p, int count) {
-  T elements[kPack<T>] = {};
-  std::memcpy(elements, p, size_t(count) * sizeof(T));
-  return load(elements);
-}
-
-template <class T>
-NORMWISE_INLINE void store(T* p, Pack<T> a, int count) {
-  T elements[kPack<T>];
-  store(elements, a);
-  std::memcpy(p, elements, size_t(count) * sizeof(T));
-}
-#endif
 
 }  // namespace NORMWISE_ISA
 }  // namespace normwise
