@@ -10,27 +10,27 @@ namespace runs {
 
 // A piece of a long set, to be read by one thread.
 constexpr int64_t kPieceElements = 1 << 16;
-// A block is read in as many places at once: its pages come from memory side by side.
+// Sums that do not wait for each other. Read in four places at once a block is slower, by a tenth.
 template <class T>
-constexpr int kStreams = 4 / kVectors<T>;
+constexpr int kSums = 4 / kVectors<T>;
 // Of a block the sums stay in float32, 128 terms in each lane; then they go on in float64.
 template <class T>
-constexpr int64_t kBlockElements = 128 * kStreams<T> * kPack<T>;
+constexpr int64_t kBlockElements = 128 * kSums<T> * kPack<T>;
 
 // Two sums over a block of elements: f(i, first, second, lanes...) adds what a pack gives to them.
 template <class T, class F>
 NORMWISE_INLINE std::array<double, 2> block_sums(int64_t elements, const F& f) {
-  constexpr int kPlaces = kStreams<T>;
-  Pack<T> first[kPlaces] = {}, second[kPlaces] = {};
-  const int64_t step = elements / (kPlaces * kPack<T>)*kPack<T>;
-  for (int64_t i = 0; i < step; i += kPack<T>) {
-    for (int place = 0; place < kPlaces; ++place) f(place * step + i, first[place], second[place]);
+  constexpr int kCount = kSums<T>;
+  Pack<T> first[kCount] = {}, second[kCount] = {};
+  int64_t i = 0;
+  for (; i + kCount * kPack<T> <= elements; i += kCount * kPack<T>) {
+    for (int k = 0; k < kCount; ++k) f(i + k * kPack<T>, first[k], second[k]);
   }
-  for_packs<T>(kPlaces * step, elements,
-               [&](int64_t i, auto... lanes) { f(i, first[0], second[0], lanes...); });
-  const auto total = [](const Pack<T>(&places)[kPlaces]) {
-    Pack<T> all = places[0] + places[1];
-    if constexpr (kPlaces == 4) all += places[2] + places[3];
+  for_packs<T>(i, elements,
+               [&](int64_t at, auto... lanes) { f(at, first[0], second[0], lanes...); });
+  const auto total = [](const Pack<T>(&sums)[kCount]) {
+    Pack<T> all = sums[0] + sums[1];
+    if constexpr (kCount == 4) all += sums[2] + sums[3];
     return double(sum<ArithmeticOf<T>>(together(all)));
   };
   return {total(first), total(second)};

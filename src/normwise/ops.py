@@ -382,6 +382,11 @@ def _check_shapes(plan: geometry.Geometry, gamma, beta, mask):
 
 def _fits(shape, expected) -> bool:
     """Whether two shapes are equal as far as their extents are known."""
-    return shape == expected or len(shape) == len(expected) and all(
-        e == s for s, e in zip(shape, expected, strict=True) if isinstance(s, int) and e is not None
+    return shape == expected or (
+        len(shape) == len(expected)
+        and all(
+            e == s
+            for s, e in zip(shape, expected, strict=True)
+            if isinstance(s, int) and e is not None
+        )
     )
