@@ -14,11 +14,14 @@ from normwise.doctor import explain
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["explain", "figures", "geometry", "layers", "ops", "use_kernels"]
+__all__ = ["explain", "figures", "geometry", "layers", "migrate", "ops", "use_kernels"]
+
+
+# What needs more than Keras, as Matplotlib or h5py, is imported when it is asked for.
+_ON_DEMAND = {"figures": "normwise.tutorial.figures", "migrate": "normwise.migrate"}
 
 
 def __getattr__(name: str):
-    # The figures need Matplotlib, which a program that only trains should not have to install.
-    if name == "figures":
-        return importlib.import_module("normwise.tutorial.figures")
+    if name in _ON_DEMAND:
+        return importlib.import_module(_ON_DEMAND[name])
     raise AttributeError(f"module 'normwise' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The layer-normalized recurrent cells of TensorFlow Addons, for `keras.layers.RNN`."""
