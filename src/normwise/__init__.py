@@ -8,13 +8,13 @@
 
 import importlib
 
-from normwise import geometry, layers, ops
+from normwise import geometry, layers, ops, rnn
 from normwise.dispatch import use_kernels
 from normwise.doctor import explain
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["explain", "figures", "geometry", "layers", "migrate", "ops", "use_kernels"]
+__all__ = ["explain", "figures", "geometry", "layers", "migrate", "ops", "rnn", "use_kernels"]
 
 
 # What needs more than Keras, as Matplotlib or h5py, is imported when it is asked for.
