@@ -73,14 +73,23 @@ class use_kernels:  # noqa: N801 - used as a function, and in a with statement
         _mode = self._before
 
 
-def choose(geometry: Geometry, *, dtype: str, epsilon: float, masked: bool, x=None) -> Choice:
+def choose(
+    geometry: Geometry,
+    *,
+    dtype: str,
+    epsilon: float | None,
+    masked: bool,
+    centred: bool = True,
+    x=None,
+) -> Choice:
     """Choose the kernel for one call on Keras's backend.
 
     Args:
         geometry: of the input.
         dtype: that the kernel would read and write.
-        epsilon: added to the variance.
+        epsilon: added to the variance, None where it is a tensor.
         masked: whether the call has a mask.
+        centred: whether the mean is subtracted.
         x: the input, None to ask about any that lies on the CPU and is not traced.
 
     Raises:
@@ -96,7 +105,12 @@ def choose(geometry: Geometry, *, dtype: str, epsilon: float, masked: bool, x=No
     if _mode == "composite":
         return Choice("composite", "use_kernels('composite') is in force")
     backend = keras.backend.backend()
-    obstacle = "the native kernels take no mask" if masked else library.obstacle(geometry, dtype)
+    if masked:
+        obstacle = "the native kernels take no mask"
+    elif epsilon is None:
+        obstacle = "the native kernels take no learned epsilon"
+    else:
+        obstacle = library.obstacle(geometry, dtype)
     if obstacle is None and x is not None:
         obstacle = kernels.obstacle(backend)(x)
     if obstacle is None:
@@ -106,17 +120,18 @@ def choose(geometry: Geometry, *, dtype: str, epsilon: float, masked: bool, x=No
             f"use_kernels('native') is in force, but {obstacle}; use_kernels('auto') takes the "
             "next best kernel here"
         )
-    if backend == "torch" and _torch_is_right(geometry, epsilon, masked):
+    if backend == "torch" and _torch_is_right(geometry, epsilon, masked, centred):
         return Choice("torch", f"torch's own fused norm, since {obstacle}")
     return Choice("composite", obstacle)
 
 
-def _torch_is_right(geometry: Geometry, epsilon: float, masked: bool) -> bool:
+def _torch_is_right(geometry: Geometry, epsilon: float | None, masked: bool, centred: bool) -> bool:
     # torch's norms take no mask, and give NaN for equal elements at epsilon 0 and NaN gradients for
-    # empty inputs. They know trailing axes and groups of channels.
+    # empty inputs. They know trailing axes, and groups of channels whose mean is subtracted.
     return (
         not masked
+        and epsilon is not None
         and epsilon > 0
         and 0 not in geometry.shape
-        and (geometry.trailing or geometry.per == ("outer", "groups"))
+        and (geometry.trailing or (centred and geometry.per == ("outer", "groups")))
     )

@@ -35,12 +35,16 @@ def explain(what, shape, dtype=None, **options) -> dispatch.Choice:
     """
     if isinstance(what, keras.layers.Layer) and hasattr(what, "geometry"):
         plan, epsilon, result = what.geometry(shape), what.epsilon, what.compute_dtype
+        centred, learned = what.centred, what.learned_epsilon
     else:
         epsilon = options.pop("epsilon", 1e-3)
+        learned = options.pop("learned_epsilon", None) is not None
         plan, result = ops.geometry_of(what, shape, **options), None
+        centred = ops.operation_of(what).centred
     given, result = (keras.backend.standardize_dtype(d) for d in (dtype or result, result or dtype))
     through = ops.kernel_dtype(given, result)
-    return dispatch.choose(plan, dtype=through, epsilon=epsilon, masked=False)
+    epsilon = None if learned else epsilon
+    return dispatch.choose(plan, dtype=through, epsilon=epsilon, masked=False, centred=centred)
 
 
 def report() -> dict[str, str]:

@@ -21,6 +21,9 @@ Shape = tuple[int | None, ...]
 # One group per channel, as Keras and TensorFlow Addons write it.
 INSTANCE = -1
 
+# The positions of an image whose channels lie last.
+SPATIAL = (1, 2)
+
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -127,6 +130,27 @@ def group(
     return _group(_as_shape(shape, (axis,)), axis, check_groups(groups))
 
 
+def response(shape: Iterable[int | None], axis: int | Iterable[int] = SPATIAL) -> Geometry:
+    """The geometry of filter response norm: that of instance norm, told by its spatial axes.
+
+    Args:
+        shape: the input's shape, of rank 2 or more; only the channels must be known.
+        axis: every axis but the batch and the channels: an int, or a list of axes in any order,
+            empty for (batch, channels).
+
+    Raises:
+        TypeError: `axis` is neither an int nor a list of ints.
+        ValueError: the axes are not those of the shape but two, the batch is among them, one is out
+            of range or named twice, or the channels are unknown.
+
+    Reference: Singh and Krishnan, Filter Response Normalization Layer, 2019,
+        https://arxiv.org/abs/1911.09737
+    """
+    axes, shape = check_spatial_axes(axis), tuple(shape)
+    channel = _channel_beside(axes, _as_shape(shape))
+    return _group(_as_shape(shape, (channel,)), channel, INSTANCE)
+
+
 def layer(shape: Iterable[int | None], axis: int | Iterable[int] = -1) -> Geometry:
     """The geometry of layer norm and of RMS norm.
 
@@ -200,6 +224,17 @@ def check_channel_axis(axis) -> int:
     return axes
 
 
+def check_spatial_axes(axis) -> tuple[int, ...]:
+    """Return the spatial axes that `axis` names, of which (batch, channels) has none."""
+    if isinstance(axis, (list, tuple)) and not axis:
+        return ()
+    axes = check_axes(axis)
+    axes = (axes,) if isinstance(axes, int) else axes
+    if 0 in axes:
+        raise _batch_among_spatial_error(axes, None)
+    return axes
+
+
 @functools.lru_cache(maxsize=1024)
 def _group(shape: Shape, axis: int, groups: int) -> Geometry:
     (channel,) = _canonical((axis,), shape)
@@ -231,6 +266,24 @@ def _group(shape: Shape, axis: int, groups: int) -> Geometry:
         set_axes=inside,
         parameter_axes=(channel,),
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _channel_beside(axes: tuple[int, ...], shape: Shape) -> int:
+    """The one axis that is neither the batch nor among `axes`."""
+    rank = len(shape)
+    if len(axes) != rank - 2:
+        last, first = list(range(1, rank - 1)), list(range(2, rank))
+        remedy = f"{last} for channels last, axis={first} for channels first" if last else last
+        raise ValueError(
+            f"axis={list(axes)} is to name every axis of shape {shape} but the batch and the "
+            f"channels, {rank - 2} of them; use axis={remedy}"
+        )
+    spatial = _canonical(axes, shape)
+    if 0 in spatial:
+        raise _batch_among_spatial_error(axes, shape)
+    (channel,) = {*range(1, rank)} - {*spatial}
+    return channel
 
 
 @functools.lru_cache(maxsize=1024)
@@ -313,6 +366,14 @@ def _batch_axis_error(axis: int, shape: Shape | None) -> ValueError:
     return ValueError(
         f"axis={axis} is the batch axis{where}, and group and instance norm keep samples apart; "
         "use the channel axis: -1 for channels last, 1 for channels first"
+    )
+
+
+def _batch_among_spatial_error(axes: tuple[int, ...], shape: Shape | None) -> ValueError:
+    where = "" if shape is None else f" of shape {shape}"
+    return ValueError(
+        f"axis={list(axes)} names the batch axis{where}, and filter response norm keeps samples "
+        "apart; name the spatial axes only: [1, 2] for images with channels last"
     )
 
 

@@ -22,7 +22,7 @@ import keras
 from normwise import dispatch, geometry, kernels
 from normwise.kernels import library
 
-__all__ = ["group_norm", "instance_norm", "layer_norm", "rms_norm"]
+__all__ = ["filter_response_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 def group_norm(
@@ -190,6 +190,61 @@ def rms_norm(
     return _call(RMSNorm, x, gamma, beta, mask, **options, dtype=dtype)
 
 
+def filter_response_norm(
+    x,
+    gamma=None,
+    beta=None,
+    *,
+    axis=geometry.SPATIAL,
+    epsilon=1e-6,
+    learned_epsilon=None,
+    activation=None,
+    mask=None,
+    dtype=None,
+):
+    """Filter response norm: divide each channel of each sample by its root mean square.
+
+        y = activation(gamma * x / sqrt(mean(x^2) + epsilon + |learned_epsilon|) + beta)
+
+    with the mean over the positions of one sample's channel; no mean is subtracted.
+
+    Args:
+        x: tensor (batch, ..., channels, ...) of any real dtype.
+        gamma, beta: tensors (channels,) or None.
+        axis: the spatial axes, which are all but the batch and the channels: an int, or a list of
+            axes in any order, empty for (batch, channels).
+        epsilon: as in the module.
+        learned_epsilon: a tensor () or (1,) whose absolute value is added to epsilon, or None. y is
+            differentiable in it; the native kernels do not take it.
+        activation, mask, dtype: see the module.
+
+    Returns:
+        A tensor of the shape of x.
+
+    Raises:
+        ValueError: the axes are not those of x but two, the batch is among them, one is out of
+            range or named twice, the channels are unknown, or the shape of gamma, beta,
+            learned_epsilon or mask does not fit.
+        TypeError: x is complex, or axis is neither an int nor a list of ints.
+
+    Numerics: the error of y stays below a small multiple of eps.
+
+    Reference: Singh and Krishnan, Filter Response Normalization Layer, 2019,
+        https://arxiv.org/abs/1911.09737
+
+    Example:
+
+    >>> import numpy as np
+    >>> from normwise import ops
+    >>> x = np.array([[[3.0, -2.0], [-3.0, -2.0]]])
+    >>> np.asarray(ops.filter_response_norm(x, axis=1)).round(3).tolist()
+    [[[1.0, -1.0], [-1.0, -1.0]]]
+    """
+    options = {"axis": axis, "epsilon": epsilon, "activation": activation}
+    tensors = (x, gamma, beta, mask, learned_epsilon)
+    return _call(FilterResponseNorm, *tensors, **options, dtype=dtype)
+
+
 def check_epsilon(epsilon) -> float:
     """Return `epsilon` as a float if it can be added to a variance."""
     remedy = "expected a number >= 0, as in epsilon=1e-3"
@@ -225,10 +280,10 @@ def check_mask(plan: geometry.Geometry, mask):
         )
 
 
-def _call(operation, x, gamma, beta, mask, **options):
-    if any(isinstance(tensor, keras.KerasTensor) for tensor in (x, gamma, beta, mask)):
-        return operation(**options)(x, gamma, beta, mask)
-    return operation.compute(x, gamma, beta, mask, **options)
+def _call(operation, *tensors, **options):
+    if any(isinstance(tensor, keras.KerasTensor) for tensor in tensors):
+        return operation(**options)(*tensors)
+    return operation.compute(*tensors, **options)
 
 
 class _Norm(keras.Operation):
@@ -242,15 +297,15 @@ class _Norm(keras.Operation):
         options["activation"] = keras.activations.get(options["activation"])
         self.options = options
 
-    def call(self, x, gamma=None, beta=None, mask=None):
-        return self.compute(x, gamma, beta, mask, **self.options)
+    def call(self, x, gamma=None, beta=None, mask=None, learned_epsilon=None):
+        return self.compute(x, gamma, beta, mask, learned_epsilon, **self.options)
 
-    def compute_output_spec(self, x, gamma=None, beta=None, mask=None):
+    def compute_output_spec(self, x, gamma=None, beta=None, mask=None, learned_epsilon=None):
         options = dict(self.options)
         check_epsilon(options.pop("epsilon"))
         _, dtype, _ = _dtypes(x, options.pop("dtype"))
         del options["activation"]
-        _check_shapes(self.geometry(x.shape, **options), gamma, beta, mask)
+        _check_shapes(self.geometry(x.shape, **options), gamma, beta, mask, learned_epsilon)
         return keras.KerasTensor(x.shape, dtype=dtype)
 
     def get_config(self):
@@ -258,7 +313,9 @@ class _Norm(keras.Operation):
         return {"name": self.name, **self.options, "activation": activation}
 
     @classmethod
-    def compute(cls, x, gamma, beta, mask, *, epsilon, activation, dtype, **where):
+    def compute(
+        cls, x, gamma, beta, mask, learned_epsilon=None, *, epsilon, activation, dtype, **where
+    ):
         """Check the arguments, choose a kernel for their geometry and run it."""
         epsilon = check_epsilon(epsilon)
         x = keras.ops.convert_to_tensor(x)
@@ -266,9 +323,19 @@ class _Norm(keras.Operation):
         plan = cls.geometry(x.shape, **where)
         gamma, beta = (_parameter(p, arithmetic) for p in (gamma, beta))
         mask = mask if mask is None else keras.ops.convert_to_tensor(mask)
-        _check_shapes(plan, gamma, beta, mask)
+        learned_epsilon = _parameter(learned_epsilon, arithmetic)
+        _check_shapes(plan, gamma, beta, mask, learned_epsilon)
         through = kernel_dtype(given, dtype)
-        choice = dispatch.choose(plan, dtype=through, epsilon=epsilon, masked=mask is not None, x=x)
+        choice = dispatch.choose(
+            plan,
+            dtype=through,
+            epsilon=epsilon if learned_epsilon is None else None,
+            masked=mask is not None,
+            centred=cls.centred,
+            x=x,
+        )
+        if learned_epsilon is not None:
+            epsilon = epsilon + keras.ops.abs(keras.ops.reshape(learned_epsilon, ()))
         options = {"epsilon": epsilon, "centred": cls.centred}
         activation = keras.activations.get(activation)
         if choice.kernel == "native":
@@ -319,7 +386,16 @@ class RMSNorm(_Norm):
     centred = False
 
 
+@keras.saving.register_keras_serializable("normwise")
+class FilterResponseNorm(_Norm):
+    """`filter_response_norm` as a node of a functional model."""
+
+    centred = False
+    geometry = staticmethod(geometry.response)
+
+
 _OPERATIONS = {
+    filter_response_norm: FilterResponseNorm,
     group_norm: GroupNorm,
     instance_norm: InstanceNorm,
     layer_norm: LayerNorm,
@@ -327,12 +403,18 @@ _OPERATIONS = {
 }
 
 
-def geometry_of(function, shape, **where) -> geometry.Geometry:
-    """The geometry that one of this module's functions reads a shape by, given groups and axis."""
+def operation_of(function) -> type[_Norm]:
+    """The operation behind one of this module's functions."""
     if function not in _OPERATIONS:
         raise TypeError(f"{function!r} is no norm; pass a function of normwise.ops, or a layer")
-    defaults = {"axis": -1, **({"groups": 32} if function is group_norm else {})}
-    return _OPERATIONS[function].geometry(shape, **{**defaults, **where})
+    return _OPERATIONS[function]
+
+
+def geometry_of(function, shape, **where) -> geometry.Geometry:
+    """The geometry that one of this module's functions reads a shape by, given groups and axis."""
+    operation, defaults = operation_of(function), function.__kwdefaults__
+    defaults = {name: defaults[name] for name in ("axis", "groups") if name in defaults}
+    return operation.geometry(shape, **{**defaults, **where})
 
 
 def kernel_dtype(given: str, result: str) -> str:
@@ -368,7 +450,7 @@ def _parameter(value, dtype: str):
     return keras.ops.convert_to_tensor(value, dtype=dtype)
 
 
-def _check_shapes(plan: geometry.Geometry, gamma, beta, mask):
+def _check_shapes(plan: geometry.Geometry, gamma, beta, mask, learned_epsilon):
     for name, parameter in (("gamma", gamma), ("beta", beta)):
         shape = None if parameter is None else tuple(parameter.shape)
         if shape is not None and not _fits(shape, plan.parameter_shape):
@@ -378,6 +460,11 @@ def _check_shapes(plan: geometry.Geometry, gamma, beta, mask):
             )
     if mask is not None:
         check_mask(plan, mask)
+    if learned_epsilon is not None and tuple(learned_epsilon.shape) not in ((), (1,)):
+        raise ValueError(
+            f"learned_epsilon has shape {tuple(learned_epsilon.shape)}, but it is one number for "
+            "all channels; pass a tensor of shape () or (1,)"
+        )
 
 
 def _fits(shape, expected) -> bool:

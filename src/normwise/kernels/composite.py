@@ -10,7 +10,7 @@ from keras import ops
 from normwise.geometry import Geometry
 
 
-def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bool, mask=None):
+def normalize(x, gamma, beta, geometry: Geometry, *, epsilon, centred: bool, mask=None):
     """Normalize every set of `x` and apply gamma and beta.
 
         centred:      y = gamma * (x - mean) / sqrt(var + epsilon) + beta
@@ -20,7 +20,7 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bo
         x: float32 or float64 tensor of `geometry.shape`, the dtype of the arithmetic.
         gamma, beta: tensors of `geometry.parameter_shape` and the dtype of x, or None.
         geometry: which elements share their statistics.
-        epsilon: added to the variance.
+        epsilon: added to the variance: a number, or a tensor () of the dtype of x.
         centred: whether the mean is subtracted.
         mask: None, or a bool tensor of the rank of x that broadcasts to it; False leaves the
             element out of the statistics. A set with no element left has mean 0 and variance 1.
@@ -109,14 +109,14 @@ def _spread(parameter, geometry: Geometry):
     return ops.reshape(parameter, geometry.broadcast_shape(ops.shape(parameter)))
 
 
-def _inverse_root(variance, epsilon: float):
+def _inverse_root(variance, epsilon):
     """1 / sqrt(variance + epsilon), and 0 where that has no value: equal elements at epsilon 0.
 
     XLA takes a root behind a `where` once per set, and else once per element, so JAX asks at every
     epsilon: layer norm at (32, 26, 26, 10) is 1.2 times as fast for it, and TensorFlow 0.9 times.
     """
     radicand = variance + epsilon
-    if epsilon > 0 and keras.backend.backend() != "jax":
+    if keras.backend.backend() != "jax" and not ops.is_tensor(epsilon) and epsilon > 0:
         return ops.rsqrt(radicand)
     defined = radicand != 0
     return ops.where(defined, ops.rsqrt(ops.where(defined, radicand, 1)), 0)

@@ -12,6 +12,10 @@ class Affine(keras.Layer):
     A subclass says which geometry an input has and calls its op. Arguments are those of the layers.
     """
 
+    # Whether the mean is subtracted, and whether a weight adds to epsilon.
+    centred = True
+    learned_epsilon = False
+
     def __init__(
         self,
         *,

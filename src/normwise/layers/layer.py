@@ -169,6 +169,8 @@ class RMSNormalization(_OverAxes):
     [('gamma', (8,))]
     """
 
+    centred = False
+
     def __init__(
         self,
         axis=-1,
