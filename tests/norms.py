@@ -57,11 +57,17 @@ def randomize(layer, seed=1):
 def expected(layer, x, keep=None):
     """What the reference says of `x` through a built layer."""
     axes = layer.axis if isinstance(layer.axis, list) else [layer.axis]
-    if isinstance(layer, layers.GroupNormalization):
+    epsilon = layer.epsilon
+    if isinstance(layer, layers.FilterResponseNormalization):
+        axes = [a for a in range(1, x.ndim) if a not in {axis % x.ndim for axis in axes}]
+        labels = group_labels(x.shape, axes[0], x.shape[axes[0]])
+        if layer.learned_epsilon:
+            epsilon += abs(to_numpy(layer.eps_learned)[0])
+    elif isinstance(layer, layers.GroupNormalization):
         groups = x.shape[layer.axis] if layer.groups == -1 else layer.groups
         labels = group_labels(x.shape, layer.axis, groups)
     else:
         labels = layer_labels(x.shape, axes)
     gamma, beta = (None if w is None else to_numpy(w) for w in (layer.gamma, layer.beta))
-    centred = not isinstance(layer, layers.RMSNormalization)
-    return Norm(x, gamma, beta, labels, tuple(axes), layer.epsilon, centred, keep)
+    centred = not isinstance(layer, (layers.RMSNormalization, layers.FilterResponseNormalization))
+    return Norm(x, gamma, beta, labels, tuple(axes), epsilon, centred, keep)

@@ -1,0 +1,271 @@
+"""Filter response norm, and the thresholded linear unit made to follow it."""
+
+import keras
+from keras import constraints, initializers, regularizers
+
+from normwise import geometry, ops
+from normwise.layers.affine import Affine
+
+
+@keras.saving.register_keras_serializable("normwise")
+class FilterResponseNormalization(Affine):
+    """Filter response norm: divide each channel of each sample by its root mean square.
+
+        y = activation(gamma * x / sqrt(mean(x^2) + epsilon + |learned_epsilon|) + beta)
+
+    with the mean over the positions of one sample's channel; no mean is subtracted. Independent of
+    the batch. Made to be followed by a TLU, whose threshold replaces the zero of a relu.
+
+    Input: (batch, ..., channels, ...), rank 2 or more, any real dtype. Output: the same shape, in
+    the layer's compute dtype. A mask leaves what it masks out of the statistics; a set that is
+    masked as a whole is normalized with mean square 1.
+
+    gamma and beta have the rank of the input and an extent of 1 everywhere but on the channel axis:
+    (1, 1, 1, channels) for images with channels last. TensorFlow Addons keeps them so, and weights
+    that it saved go in as they are. With a learned epsilon the weights are learned_epsilon (1,),
+    gamma and beta, in its order too.
+
+    Args:
+        epsilon: added to the mean square, a number >= 0.
+        axis: the spatial axes, which are all but the batch and the channels: an int, or a list of
+            axes in any order, empty for (batch, channels). [2, 3] for images with channels first.
+        beta_initializer, gamma_initializer: of beta and gamma.
+        beta_regularizer, gamma_regularizer: of beta and gamma, or None.
+        beta_constraint, gamma_constraint: of beta and gamma, or None.
+        learned_epsilon: whether the absolute value of a weight, 1e-4 at first, is added to epsilon;
+            where positions are few or one, y is hardly more than the sign of x without. The native
+            kernels do not take it.
+        learned_epsilon_constraint: of that weight, or None.
+        name: of the layer.
+        activation: applied to the result, a name or a callable, or None.
+        **kwargs: of the base layer, as `dtype`.
+
+    Raises:
+        ValueError: on construction for the batch axis, and an epsilon that is negative or NaN; on
+            the first call for axes that are not those of the input but two, channels of unknown
+            number, and an axis out of range or named twice.
+        TypeError: axis is neither an int nor a list of ints, or epsilon no number.
+
+    Numerics: arithmetic in float32 (float64 for float64), error of y below a small multiple of eps.
+
+    Reference: Singh and Krishnan, Filter Response Normalization Layer, 2019,
+        https://arxiv.org/abs/1911.09737
+
+    Example:
+
+    >>> import numpy as np, normwise
+    >>> layer = normwise.layers.FilterResponseNormalization(axis=[2, 3], learned_epsilon=True)
+    >>> y = layer(np.ones((4, 6, 8, 8), "float32"))
+    >>> [(w.name, tuple(w.shape)) for w in layer.weights]
+    [('learned_epsilon', (1,)), ('gamma', (1, 6, 1, 1)), ('beta', (1, 6, 1, 1))]
+    """
+
+    centred = False
+
+    def __init__(
+        self,
+        epsilon=1e-6,
+        axis=geometry.SPATIAL,
+        beta_initializer="zeros",
+        gamma_initializer="ones",
+        beta_regularizer=None,
+        gamma_regularizer=None,
+        beta_constraint=None,
+        gamma_constraint=None,
+        learned_epsilon=False,
+        learned_epsilon_constraint=None,
+        name=None,
+        activation=None,
+        **kwargs,
+    ):
+        super().__init__(
+            axis=list(geometry.check_spatial_axes(axis)),
+            epsilon=epsilon,
+            center=True,
+            scale=True,
+            beta_initializer=beta_initializer,
+            gamma_initializer=gamma_initializer,
+            beta_regularizer=beta_regularizer,
+            gamma_regularizer=gamma_regularizer,
+            beta_constraint=beta_constraint,
+            gamma_constraint=gamma_constraint,
+            activation=activation,
+            name=name,
+            **kwargs,
+        )
+        self.learned_epsilon = bool(learned_epsilon)
+        self.learned_epsilon_constraint = constraints.get(learned_epsilon_constraint)
+        self.eps_learned = None
+
+    def geometry(self, input_shape) -> geometry.Geometry:
+        """Which elements of an input of this shape share their statistics."""
+        return geometry.response(input_shape, self.axis)
+
+    def build(self, input_shape):
+        """Create the weights for inputs of this shape."""
+        plan = self.geometry(input_shape)
+        if self.learned_epsilon:
+            self.eps_learned = self.add_weight(
+                name="learned_epsilon",
+                shape=(1,),
+                initializer=initializers.Constant(1e-4),
+                constraint=self.learned_epsilon_constraint,
+                autocast=False,
+            )
+        shape = plan.broadcast_shape(plan.parameter_shape)
+        self.gamma = self._add_parameter("gamma", shape)
+        self.beta = self._add_parameter("beta", shape)
+        (channel,) = plan.parameter_axes
+        self.input_spec = keras.InputSpec(
+            ndim=len(input_shape), axes={channel: input_shape[channel]}
+        )
+
+    def call(self, inputs, mask=None):
+        """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
+        return ops.filter_response_norm(
+            inputs,
+            keras.ops.reshape(self.gamma, (-1,)),
+            keras.ops.reshape(self.beta, (-1,)),
+            axis=self.axis,
+            epsilon=self.epsilon,
+            learned_epsilon=self.eps_learned,
+            activation=self.activation,
+            mask=mask,
+            dtype=self.compute_dtype,
+        )
+
+    def get_config(self):
+        """The arguments of the layer, whatever it was built on."""
+        config = super().get_config()
+        del config["center"], config["scale"]
+        return {
+            **config,
+            "learned_epsilon": self.learned_epsilon,
+            "learned_epsilon_constraint": constraints.serialize(self.learned_epsilon_constraint),
+        }
+
+
+@keras.saving.register_keras_serializable("normwise")
+class TLU(keras.Layer):
+    """Thresholded linear unit: a relu whose threshold is learned.
+
+        y = max(x, tau),    affine: y = max(x, alpha * x + tau)
+
+    with a tau and an alpha for every element of a sample, as TensorFlow Addons has them (the paper
+    has one for every channel). Where the two are equal the whole gradient is that of x.
+
+    Input: rank 2 or more, any real dtype, every extent but the batch known. Output: the same shape,
+    in the layer's compute dtype. A mask is passed on.
+
+    Args:
+        affine: whether alpha * x is added to tau.
+        tau_initializer, alpha_initializer: of tau and alpha, each of the input's shape without the
+            batch.
+        tau_regularizer, alpha_regularizer: of tau and alpha, or None.
+        tau_constraint, alpha_constraint: of tau and alpha, or None.
+        **kwargs: of the base layer, as `name` and `dtype`.
+
+    Raises:
+        ValueError: on the first call for an input of rank 1, and for extents that are unknown.
+        TypeError: the input is complex.
+
+    Numerics: arithmetic in float32, in float64 where the input or the layer is.
+
+    Reference: Singh and Krishnan, Filter Response Normalization Layer, 2019,
+        https://arxiv.org/abs/1911.09737
+
+    Example:
+
+    >>> import numpy as np, normwise
+    >>> layer = normwise.layers.TLU(tau_initializer=keras.initializers.Constant(-1.0))
+    >>> np.asarray(layer(np.array([[-3.0, 0.5]]))).tolist()
+    [[-1.0, 0.5]]
+    """
+
+    def __init__(
+        self,
+        affine=False,
+        tau_initializer="zeros",
+        tau_regularizer=None,
+        tau_constraint=None,
+        alpha_initializer="zeros",
+        alpha_regularizer=None,
+        alpha_constraint=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.affine = affine
+        self.tau_initializer = initializers.get(tau_initializer)
+        self.tau_regularizer = regularizers.get(tau_regularizer)
+        self.tau_constraint = constraints.get(tau_constraint)
+        self.alpha_initializer = initializers.get(alpha_initializer)
+        self.alpha_regularizer = regularizers.get(alpha_regularizer)
+        self.alpha_constraint = constraints.get(alpha_constraint)
+        self.tau = None
+        self.alpha = None
+        self.supports_masking = True
+        # The threshold meets the input as it comes, not what float16 leaves of both.
+        self.autocast = False
+
+    def build(self, input_shape):
+        """Create tau and alpha for inputs of this shape."""
+        _, *extents = shape = tuple(input_shape)
+        if not extents:
+            raise ValueError(
+                f"shape {shape} has rank 1, but TLU needs a batch axis and at least one more; add "
+                "an axis, as in x[None, :]"
+            )
+        if None in extents:
+            raise ValueError(
+                f"shape {shape} has an unknown extent, but tau has a value for every element of a "
+                "sample; give all but the batch a fixed extent, as in keras.Input((32, 32, 16))"
+            )
+        self.tau = self._add_parameter("tau", extents)
+        if self.affine:
+            self.alpha = self._add_parameter("alpha", extents)
+        self.input_spec = keras.InputSpec(ndim=len(shape), axes=dict(enumerate(extents, start=1)))
+
+    def _add_parameter(self, name, shape):
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=getattr(self, f"{name}_initializer"),
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
+            autocast=False,
+        )
+
+    def call(self, inputs):
+        """The larger of `inputs` and the threshold."""
+        wide = "float64" in (ops.check_dtype(inputs), self.compute_dtype)
+        arithmetic = "float64" if wide else "float32"
+        x = keras.ops.cast(inputs, arithmetic)
+        threshold = keras.ops.cast(self.tau, arithmetic)
+        if self.affine:
+            threshold = threshold + keras.ops.cast(self.alpha, arithmetic) * x
+        # Not ops.maximum: at equal arguments TensorFlow gives x the whole gradient and JAX and
+        # PyTorch half of it, and zeros at a threshold of 0 are many. A NaN in x is kept.
+        above = keras.ops.logical_or(x >= threshold, keras.ops.isnan(x))
+        return keras.ops.cast(keras.ops.where(above, x, threshold), self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        """The shape of the input."""
+        return tuple(input_shape)
+
+    def get_config(self):
+        """The arguments of the layer, whatever it was built on."""
+        return {
+            **super().get_config(),
+            "affine": self.affine,
+            "tau_initializer": initializers.serialize(self.tau_initializer),
+            "tau_regularizer": regularizers.serialize(self.tau_regularizer),
+            "tau_constraint": constraints.serialize(self.tau_constraint),
+            "alpha_initializer": initializers.serialize(self.alpha_initializer),
+            "alpha_regularizer": regularizers.serialize(self.alpha_regularizer),
+            "alpha_constraint": constraints.serialize(self.alpha_constraint),
+        }
+
+
+# Models saved by TensorFlow Addons name their layers so.
+for _layer in (FilterResponseNormalization, TLU):
+    keras.saving.get_custom_objects()[f"Addons>{_layer.__name__}"] = _layer
