@@ -2,10 +2,17 @@
 
 from normwise.layers.group import GroupNormalization, InstanceNormalization
 from normwise.layers.layer import LayerNormalization, RMSNormalization
+from normwise.layers.response import TLU, FilterResponseNormalization
+from normwise.layers.spectral import SpectralNormalization
+from normwise.layers.weight import WeightNormalization
 
 __all__ = [
+    "TLU",
+    "FilterResponseNormalization",
     "GroupNormalization",
     "InstanceNormalization",
     "LayerNormalization",
     "RMSNormalization",
+    "SpectralNormalization",
+    "WeightNormalization",
 ]

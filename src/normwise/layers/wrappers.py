@@ -1,0 +1,166 @@
+"""What weight and spectral norm share: a layer called with kernels that are computed."""
+
+import typing
+
+import keras
+from keras import ops
+
+
+class Kernel(typing.NamedTuple):
+    """A kernel of a wrapped layer.
+
+    Args:
+        owner: the layer that has it: the wrapped one, or its recurrent cell.
+        name: the attribute under which it has it.
+        variable: the weight.
+        output_axes: the axes that tell the kernel's outputs apart, counted from the end.
+    """
+
+    owner: keras.Layer
+    name: str
+    variable: keras.Variable
+    output_axes: tuple[int, ...]
+
+    @property
+    def prefix(self) -> str:
+        """What tells the weights made for it from those of the layer's other kernel."""
+        one_of_two = self.name in ("depthwise_kernel", "pointwise_kernel")
+        return self.name.removesuffix("kernel") if one_of_two else ""
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether it has a set of outputs for every input channel."""
+        return self.output_axes == (-2, -1)
+
+
+_TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+
+
+class KernelWrapper(keras.layers.Wrapper):
+    """A layer that is called with kernels computed from its own: the base of both wrappers.
+
+    The wrapped layer is never changed by a call. Keras trains a model on JAX by a function of its
+    weights that returns only those that no gradient trains, so a call cannot set a trained weight;
+    where an algorithm does, the wrapper keeps the difference in a weight named `..._offset`, and
+    the value is the trained weight plus its offset.
+
+    A subclass says in `kernel_names` which kernels it takes and calls `call_with`.
+    """
+
+    kernel_names = (("kernel",), ("depthwise_kernel", "pointwise_kernel"))
+
+    def __init__(self, layer, **kwargs):
+        name = type(self).__name__
+        if not isinstance(layer, keras.Layer):
+            raise TypeError(
+                f"layer={layer!r} is no Keras layer; give {name} an instance of one, as in "
+                f"{name}(keras.layers.Dense(8))"
+            )
+        if hasattr(layer, "state_size") and not isinstance(layer, keras.layers.RNN):
+            raise ValueError(
+                f"{type(layer).__name__} is a recurrent cell, which has to be called step by step; "
+                f"wrap the layer that does so, as in {name}(keras.layers.RNN(cell))"
+            )
+        super().__init__(layer, **kwargs)
+        self.supports_masking = layer.supports_masking
+        # The wrapped layer casts its inputs, to a dtype of its own.
+        self.autocast = False
+
+    def kernels(self) -> list[Kernel]:
+        """The kernels that are normalized, in the order in which the layer applies them."""
+        recurrent = isinstance(self.layer, keras.layers.RNN)
+        owner = self.layer.cell if recurrent else self.layer
+        for names in (("recurrent_kernel",),) if recurrent else self.kernel_names:
+            found = [getattr(owner, name, None) for name in names]
+            if all(isinstance(variable, keras.Variable) for variable in found):
+                return [
+                    Kernel(owner, name, variable, _output_axes(owner, name))
+                    for name, variable in zip(names, found, strict=True)
+                ]
+        wanted = "a recurrent_kernel" if recurrent else self._wanted()
+        raise ValueError(
+            f"{type(owner).__name__} has no weight to normalize: {type(self).__name__} needs "
+            f"{wanted} that is a weight of its own, as that of Dense or Conv2D; wrap the inner "
+            "layer that has it, and wrap it before LoRA or quantization"
+        )
+
+    def _wanted(self) -> str:
+        return "a " + " or ".join(" and ".join(names) for names in self.kernel_names)
+
+    def call_with(self, values, inputs, training, **changes):
+        """Call the wrapped layer as if its weights had other values.
+
+        Args:
+            values: a tensor for each weight that is to be another, by the `id` of the weight.
+            inputs, training: of the call.
+            **changes: what else is to be another, by the layer's attribute.
+        """
+        dtype = self.layer.compute_dtype
+        values = {key: ops.cast(value, dtype) for key, value in values.items()}
+        if isinstance(self.layer, keras.layers.RNN):
+            changes["cell"] = _twin(self.layer.cell, values)
+        return _twin(self.layer, values, **changes)(inputs, training=training)
+
+    def compute_output_shape(self, input_shape):
+        """The output shape of the wrapped layer."""
+        return self.layer.compute_output_shape(input_shape)
+
+    def compute_output_spec(self, inputs, training=None):
+        """A symbol of the wrapped layer's output."""
+        return self.layer.compute_output_spec(inputs)
+
+    def compute_mask(self, inputs, previous_mask):
+        """The mask that the wrapped layer makes of its input's."""
+        return self.layer.compute_mask(inputs, previous_mask)
+
+    def _check_built(self):
+        if not self.built:
+            raise ValueError(
+                f"{self.name} has no weights to remove the norm from; call it, or build it, first"
+            )
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The wrapper of a config, which may be one that Keras 2 wrote."""
+        layer = config["layer"]
+        # Configs older than Keras 2.12 do not say of which module a class is.
+        keras_own = isinstance(layer, dict) and "module" not in layer
+        read = keras.layers.deserialize if keras_own else keras.saving.deserialize_keras_object
+        return cls(**{**config, "layer": read(layer, custom_objects=custom_objects)})
+
+
+def full_precision(tensor):
+    """A tensor in the dtype that the norms compute in: float64 as it is, others in float32."""
+    tensor = ops.convert_to_tensor(tensor)
+    wide = keras.backend.standardize_dtype(tensor.dtype) == "float64"
+    return ops.cast(tensor, "float64" if wide else "float32")
+
+
+def _twin(layer, values, **changes):
+    """A layer that shares everything with `layer` but the weights in `values` and `changes`.
+
+    It lives for one call. What a call leaves in it, tracers above all, goes with it, and threads
+    that call the same layer at once do not meet.
+    """
+    twin = object.__new__(type(layer))
+    own = vars(layer)
+    weights = {name: values[id(value)] for name, value in own.items() if id(value) in values}
+    vars(twin).update({**own, **weights, **changes})
+    return twin
+
+
+def _output_axes(owner, name) -> tuple[int, ...]:
+    if isinstance(owner, _TRANSPOSED):
+        return (-2,)
+    if isinstance(owner, _DEPTHWISE) or name == "depthwise_kernel":
+        return (-2, -1)
+    if isinstance(owner, keras.layers.EinsumDense):
+        operands, output = owner.equation.replace(" ", "").split("->")
+        letters = operands.split(",")[1]
+        return tuple(i - len(letters) for i, letter in enumerate(letters) if letter in output)
+    return (-1,)
