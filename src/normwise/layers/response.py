@@ -178,7 +178,7 @@ class TLU(keras.Layer):
 
     >>> import numpy as np, normwise
     >>> layer = normwise.layers.TLU(tau_initializer=keras.initializers.Constant(-1.0))
-    >>> np.asarray(layer(np.array([[-3.0, 0.5]]))).tolist()
+    >>> keras.ops.convert_to_numpy(layer(np.array([[-3.0, 0.5]]))).tolist()
     [[-1.0, 0.5]]
     """
 
