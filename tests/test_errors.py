@@ -74,6 +74,12 @@ def test_groups_that_do_not_fit_the_channels(groups, channels, text):
             call()
 
 
+def test_the_groups_that_fit_absurdly_many_channels_are_told_soon():
+    # Trial division up to the root takes minutes here.
+    with raises(ValueError, "groups=5 does not divide"):
+        GroupNormalization(groups=5).compute_output_shape((8, 2**62))
+
+
 BATCH = (
     "axis=0 is the batch axis, and group and instance norm keep samples apart; use the channel "
     "axis: -1 for channels last, 1 for channels first"
