@@ -162,6 +162,27 @@ def figure(
 
 
 @app.command()
+def convert(
+    old: Annotated[
+        Path, typer.Argument(help="A model of Keras 2: .h5, .keras or the folder of a SavedModel.")
+    ],
+    new: Annotated[Path, typer.Argument(metavar="NEW.keras", help="The file to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace NEW.keras.")] = False,
+    unsafe: Annotated[
+        bool,
+        typer.Option("--unsafe", help="Run code that is in the file, as of Lambda layers."),
+    ] = False,
+) -> None:
+    """Write a model of TensorFlow Addons as a .keras file of Keras 3, and check the file."""
+    from normwise.migrate import conversion
+
+    with _one_line_errors(ValueError, OSError):
+        converted = conversion.convert(old, new, overwrite=overwrite, safe_mode=not unsafe)
+    Console().print(conversion.table(converted))
+    typer.echo(f"Wrote {new}")
+
+
+@app.command()
 def doctor() -> None:
     """Say what normwise finds on this machine: versions, CPU, and which kernels will run."""
     table = Table(show_header=False, box=None)
