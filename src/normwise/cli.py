@@ -20,6 +20,7 @@ import normwise
 from normwise.doctor import report
 from normwise.tutorial import NORMS, SPLITS
 
+EXIT_REMAINING = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
@@ -183,6 +184,39 @@ def convert(
 
 
 @app.command()
+def migrate(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Python files, notebooks, folders.")
+    ],
+    diff: Annotated[
+        bool, typer.Option("--diff", help="Print what would change, as patch takes it.")
+    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="Change the files.")] = False,
+) -> None:
+    """Rewrite source from TensorFlow Addons to normwise; 1 says that something is left to do."""
+    _require_installed("libcst", extra="migrate")
+    if diff and write:
+        _fail("--diff only shows what --write does; leave one of them out")
+
+    from normwise.migrate import paths as sources
+
+    with _one_line_errors(ValueError):
+        found = sources.find(paths)
+    migrated, errors = sources.migrate_each(found)
+    if diff:
+        sources.print_diff(migrated)
+    elif migrated:
+        errors += sources.write_each(migrated) if write else []
+        sources.print_findings(migrated, is_written=write)
+    for error in errors:
+        typer.echo(f"Error: {error}", err=True)
+    if errors:
+        raise typer.Exit(EXIT_BAD_INPUT)
+    if any(each.rewritten.remaining for each in migrated):
+        raise typer.Exit(EXIT_REMAINING)
+
+
+@app.command()
 def doctor() -> None:
     """Say what normwise finds on this machine: versions, CPU, and which kernels will run."""
     table = Table(show_header=False, box=None)
@@ -200,10 +234,10 @@ def _ints(option: str, text: str) -> tuple[int, ...]:
         _fail(f"{option} {text!r} is no list of ints; write it as in {option} 4,5,5,8")
 
 
-def _require_installed(*modules: str) -> None:
+def _require_installed(*modules: str, extra: str = "tutorial") -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        _fail(f"{' and '.join(missing)} must be installed; run pip install 'normwise[tutorial]'")
+        _fail(f"{' and '.join(missing)} must be installed; run pip install 'normwise[{extra}]'")
 
 
 @contextmanager
