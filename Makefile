@@ -36,11 +36,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h
 
-# The kernels for ten minutes, and the property tests with 2,000 examples each, ever other ones.
+# The kernels for ten minutes, the property tests with 2,000 examples each, ever other ones, and the
+# loaders of old models with 2,000 damaged files.
 fuzz: $(VENV)/.dev $(SANITIZED)/fuzz
 	$(SANITIZED)/fuzz 600
 	HYPOTHESIS_PROFILE=fuzz KERAS_BACKEND=$(BACKEND) $(BIN)/python -m pytest --quiet \
 		tests/test_contract.py tests/test_tutorial_data.py
+	NORMWISE_MUTATIONS=2000 KERAS_BACKEND=$(BACKEND) $(BIN)/python -m pytest --quiet \
+		tests/test_migrate_robustness.py
 
 # Our layers' speed beside their peers', on each backend: tables, build/*.json and a chart.
 bench: $(VENV)/.dev
