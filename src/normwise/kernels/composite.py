@@ -43,10 +43,14 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon, centred: bool, mas
     else:
         return _normalize_channels(x, gamma, beta, geometry, epsilon)
 
-    # Gamma varies inside a set: scale * gamma would be as large as x, and its gradient too.
-    y = deviation * _inverse_root(variance, epsilon)
-    if gamma is not None:
-        y = y * _spread(gamma, geometry)
+    scale = _inverse_root(variance, epsilon)
+    if gamma is None:
+        y = deviation * scale
+    elif geometry.parameter_axes == geometry.set_axes:
+        # Gamma varies inside a set: scale * gamma would be as large as x, and its gradient too.
+        y = deviation * scale * _spread(gamma, geometry)
+    else:
+        y = deviation * (scale * _spread(gamma, geometry))
     return y if beta is None else y + _spread(beta, geometry)
 
 
