@@ -9,7 +9,8 @@ import normwise
 MAX_DEPTH = 100
 
 # Options that Keras 3 has no more, and the values of theirs that ask for what Keras 3 does anyway.
-# None stands for any value: the option only said how to compute the same.
+# None stands for any value: the option only said how to compute the same. An option that is null
+# asks for nothing.
 LEFTOVERS = {
     "batch_input_shape": None,
     "build_input_shape": None,
@@ -24,21 +25,22 @@ LEFTOVERS = {
     "key_shape": None,
     "query_shape": None,
     "value_shape": None,
-    "ragged": (False, None),
-    "renorm": (False, None),
+    "ragged": (False,),
+    "renorm": (False,),
     "renorm_clipping": None,
     "renorm_momentum": None,
-    "sparse": (False, None),
-    "time_major": (False, None),
-    "virtual_batch_size": (None,),
-    "adjustment": (None,),
+    "sparse": (False,),
+    "time_major": (False,),
+    "trainable": None,
     "_use_gpu": None,
 }
 # A separable or depthwise convolution carries these of its base class, and never used them.
 UNUSED = ("filters", "kernel_initializer", "kernel_regularizer", "kernel_constraint")
 RENAMED = {("LeakyReLU", "alpha"): "negative_slope", ("ThresholdedReLU", "theta"): "threshold"}
+# The options of layers that hold other layers.
+NESTED = ("layer", "backward_layer", "cell", "cells")
 # The classes of models, and of the layers that stand for TensorFlow's functions.
-GRAPHS = ("Functional", "Model", "Sequential")
+GRAPHS = {"Functional": "keras.src.models.functional", "Model": "keras", "Sequential": "keras"}
 CALLS = ("TFOpLambda", "SlicingOpLambda")
 # Of Keras 3, so no file of Keras 2 names them honestly: they run programs of another framework.
 FOREIGN = ("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
@@ -92,9 +94,12 @@ class Translator:
     def options(self, data: dict, cls: type) -> dict:
         """The arguments for a layer's class out of its config."""
         name, _ = _names(data)
-        config = {key: self._value(key, value) for key, value in _config(data).items()}
+        kept = () if self.is_own(data) else NESTED
+        config = {
+            key: value if key in kept else self._value(key, value)
+            for key, value in _config(data).items()
+        }
         config = {RENAMED.get((name, key), key): value for key, value in config.items()}
-        config["dtype"] = dtype_name(config.get("dtype"))
         if isinstance(config.get("name"), str):
             # Keras 3 builds paths of the names.
             config["name"] = config["name"].replace("/", "_")
@@ -120,10 +125,12 @@ class Translator:
         """A value of a config, with what is serialized in it as Keras 3 wants it."""
         if depth > MAX_DEPTH:
             raise ValueError(f"the config is more than {MAX_DEPTH} levels deep")
+        if key == "dtype":
+            return dtype_name(value)
         if isinstance(value, list):
             return [self._value(key, each, depth + 1) for each in value]
         if isinstance(value, str) and key.endswith("activation"):
-            return self._function(value)
+            return self.function(value)
         if not isinstance(value, dict):
             return value
         if "class_name" in value:
@@ -132,13 +139,13 @@ class Translator:
 
     def _object(self, key: str, value: dict, depth: int):
         name, registered = _names(value)
-        if name in ("__tuple__", "TensorShape"):
-            return self._value(key, value.get("items", []), depth + 1)
         if name == "function":
-            return self._function(value.get("config"))
+            return self.function(value.get("config"))
         inner = self._value(key, _config(value), depth + 1)
         if self._own(registered) is not None:
             return {**_serialized(None, registered, inner), "registered_name": registered}
+        if name in GRAPHS and _of_keras(value.get("module")):
+            return _serialized(GRAPHS[name], name, inner)
         namespace = NAMESPACES.get(key.rpartition("_")[2])
         for each in (namespace,) if namespace else NAMESPACES.values():
             found = getattr(each, name, None) if _of_keras(value.get("module")) else None
@@ -148,7 +155,10 @@ class Translator:
                 return _serialized(each.__name__, name, inner)
         raise ValueError(missing([registered]))
 
-    def _function(self, name):
+    def function(self, name):
+        """A function by its name, as Keras 3 wants it in a config."""
+        if isinstance(name, dict):
+            name = name.get("config")
         if not isinstance(name, str):
             raise ValueError(f"a function is named {name!r}; expected a text")
         if name in self._custom or keras.saving.get_registered_object(name) is not None:
@@ -188,7 +198,7 @@ class Translator:
         if not _of_keras(data.get("module")):
             return False
         found = [getattr(namespace, name, None) for namespace in NAMESPACES.values()]
-        return name in GRAPHS + CALLS + ("ThresholdedReLU", "SyncBatchNormalization") or (
+        return name in (*GRAPHS, *CALLS, "ThresholdedReLU", "SyncBatchNormalization") or (
             name not in FOREIGN and any(isinstance(each, type) for each in found)
         )
 
@@ -253,8 +263,12 @@ def _parameters(cls: type) -> set[str]:
     """The names of the arguments that a class and its bases take."""
     names = set()
     for base in cls.__mro__:
-        if "__init__" in vars(base):
-            names |= set(inspect.signature(base.__init__).parameters)
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters
+        names |= set(parameters)
+        if all(each.kind is not each.VAR_KEYWORD for each in parameters.values()):
+            break
     return names - {"self", "args", "kwargs"}
 
 
@@ -263,14 +277,18 @@ def _accepted(config: dict, cls: type) -> dict:
     return {key: value for key, value in config.items() if key in parameters}
 
 
+def _is_harmless(key: str, value) -> bool:
+    harmless = LEFTOVERS.get(key, ())
+    return value is None or harmless is None or value in harmless or key in UNUSED
+
+
 def _without_leftovers(config: dict, cls: type, name: str) -> dict:
     kept = {}
     parameters = _parameters(cls)
     for key, value in config.items():
-        harmless = LEFTOVERS.get(key, ())
         if key in parameters:
             kept[key] = value
-        elif harmless is not None and value not in harmless and key not in UNUSED:
+        elif not _is_harmless(key, value):
             raise ValueError(
                 f"the layer {config.get('name')} has the option {key}={value!r:.80} of Keras 2's "
                 f"{name}, which Keras 3 has not; pass custom_objects={{{name!r}: ...}}, a class of "

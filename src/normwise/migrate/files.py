@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import h5py
 import numpy as np
 
-from normwise.migrate import checkpoints, protobuf
+from normwise.migrate import checkpoints, heaps, protobuf
 from normwise.migrate.stored import Group, Node, Saved
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -34,7 +34,8 @@ def read_model(path: Path) -> Saved:
     beginning = _beginning(path)
     if beginning.startswith(b"PK"):
         return _read_keras(path)
-    if beginning == h5py_signature():
+    if beginning == heaps.SIGNATURE:
+        heaps.check_file(path)
         with h5py.File(path, "r") as file:
             return _read_h5(file, path.stat().st_size)
     raise ValueError(
@@ -47,11 +48,12 @@ def read_weights(path: Path) -> list[Group] | Node:
     """What a file of weights, or a checkpoint of this prefix, holds."""
     if checkpoints.exists(path):
         return checkpoints.read(path)
-    if _beginning(path) != h5py_signature():
+    if _beginning(path) != heaps.SIGNATURE:
         raise ValueError(
             "these are no weights: neither HDF5 (.h5) nor the prefix of a TensorFlow checkpoint, "
             "which is its path without .index; a whole model is for load_model"
         )
+    heaps.check_file(path)
     with h5py.File(path, "r") as file:
         limit = path.stat().st_size
         if "layer_names" in file.attrs or "layer_names0" in file.attrs:
@@ -59,11 +61,6 @@ def read_weights(path: Path) -> list[Group] | Node:
         if "model_weights" in file:
             return _groups(_member(file, "model_weights", h5py.Group), limit)
         return _tree(file, _Budget(limit))
-
-
-def h5py_signature() -> bytes:
-    """The bytes that an HDF5 file begins with."""
-    return b"\x89HDF\r\n\x1a\n"
 
 
 def _beginning(path: Path) -> bytes:
@@ -75,10 +72,16 @@ def parse_json(text: str | bytes) -> dict:
     """A JSON object, of bounded size."""
     if len(text) > MAX_CONFIG_BYTES:
         raise ValueError(f"the config is larger than the {MAX_CONFIG_BYTES >> 20} MiB allowed")
-    parsed = json.loads(text)
+    parsed = json.loads(text, object_hook=_without_tuples)
     if not isinstance(parsed, dict):
         raise ValueError(f"the config is a {type(parsed).__name__}; expected a JSON object")
     return parsed
+
+
+def _without_tuples(parsed: dict):
+    """A tuple or a shape, which Keras 2 writes as an object of its own in some files, as a list."""
+    is_tuple = parsed.get("class_name") in ("__tuple__", "TensorShape")
+    return parsed["items"] if is_tuple and isinstance(parsed.get("items"), list) else parsed
 
 
 def check_version(version) -> str:
@@ -247,6 +250,7 @@ def _read_keras(path: Path) -> Saved:
         )
         version = check_version(metadata.get("keras_version"))
         weights = _inflate(archive, members["model.weights.h5"], limit)
+    heaps.check(weights)
     with h5py.File(io.BytesIO(weights), "r") as file:
         tree = _tree(file, _Budget(len(weights)))
     return Saved(config, config.get("compile_config"), version, tree)

@@ -68,31 +68,42 @@ class Builder:
         cls = self._translator.class_of(data)
         if cls is None:
             raise ValueError(configs.missing([str(data.get("class_name"))]))
+        if cls is keras.layers.Lambda:
+            return self._lambda(config)
         options = self._translator.options(data, cls)
         if is_own:
             return cls.from_config(options)
-        if cls is keras.layers.Lambda:
-            return self._lambda(options)
-        for key in ("layer", "backward_layer", "cell", "cells"):
+        for key in configs.NESTED:
             if isinstance(inner := config.get(key), list):
                 options[key] = [self.layer(each) for each in inner]
             elif inner is not None:
                 options[key] = self.layer(inner)
         return cls(**options)
 
-    def _lambda(self, options: dict) -> keras.Layer:
+    def _lambda(self, config: dict) -> keras.Layer:
         """A layer around a function: the user's by its name, or one whose code is in the file."""
-        if self._translator.safe_mode:
+        function = config.get("function")
+        named = config.get("function_type") == "function" and not isinstance(function, list)
+        if not named and self._translator.safe_mode:
             raise ValueError(
-                f"the layer {options.get('name')} is a Lambda, whose code is in the file and would "
+                f"the layer {config.get('name')} is a Lambda, whose code is in the file and would "
                 "run; pass safe_mode=False if you trust the file"
             )
-        if isinstance(code := options.get("function"), list):
+        if isinstance(function, list):
             keys = ("code", "defaults", "closure")
-            options["function"] = {
+            function = {
                 "class_name": "__lambda__",
-                "config": dict(zip(keys, code, strict=True)),
+                "config": dict(zip(keys, function, strict=True)),
             }
+        elif named:
+            function = self._translator.function(function)
+        options = {
+            "name": _name(config),
+            "function": function,
+            "output_shape": config.get("output_shape"),
+            "arguments": config.get("arguments") or {},
+            "dtype": configs.dtype_name(config.get("dtype")),
+        }
         return keras.layers.Lambda.from_config(options, safe_mode=False)
 
     def _sequential(self, data: dict, config: dict) -> keras.Model:
@@ -254,6 +265,9 @@ class _Graph:
         if is_recurrent and isinstance(inputs, list):
             # Keras 2 hands the initial state over as further inputs.
             inputs, *options["initial_state"] = inputs
+        if "initial_state" in options:
+            # Keras 3 passes a mask on to layers of one input only.
+            options.setdefault("mask", getattr(inputs, "_keras_mask", None))
         return target(inputs, **options)
 
 

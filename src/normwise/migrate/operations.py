@@ -4,6 +4,7 @@ The names and the arguments are TensorFlow's, for the file has them so. Keras 2 
 first argument by name.
 """
 
+import itertools
 from collections.abc import Callable
 
 from keras import ops
@@ -26,6 +27,36 @@ def _matmul(a, b, transpose_a=False, transpose_b=False):
     a = ops.swapaxes(a, -1, -2) if transpose_a else a
     b = ops.swapaxes(b, -1, -2) if transpose_b else b
     return ops.matmul(a, b)
+
+
+def _gather(params, indices, axis=None, batch_dims=0, validate_indices=None):
+    _refuse_unless(batch_dims == 0, "tf.gather with batch_dims")
+    return ops.take(params, indices, axis=axis or 0)
+
+
+def _norm(tensor, ord="euclidean", axis=None, keepdims=False):
+    _refuse_unless(ord in ("euclidean", 2), "tf.norm of another order than 2")
+    return ops.norm(tensor, axis=axis, keepdims=bool(keepdims))
+
+
+def _pad(tensor, paddings, mode="CONSTANT", constant_values=0):
+    mode = mode.lower()
+    value = constant_values if mode == "constant" else None
+    return ops.pad(tensor, paddings, mode=mode, constant_values=value)
+
+
+def _transpose(a, perm=None, conjugate=False):
+    return ops.transpose(a, perm)
+
+
+def _places(sizes):
+    """Where to split: a number of equal parts, or of sizes the ends of all but the last."""
+    return list(itertools.accumulate(sizes))[:-1] if isinstance(sizes, list) else sizes
+
+
+def _refuse_unless(condition, what: str) -> None:
+    if not condition:
+        raise ValueError(f"the model calls {what}, for which there is no function of Keras here")
 
 
 def _unary(function) -> Callable:
@@ -52,6 +83,11 @@ _UNARY = {
     "math.sigmoid": ops.sigmoid,
     "math.sin": ops.sin,
     "math.cos": ops.cos,
+    "identity": lambda x: x,
+    "math.add_n": lambda inputs: sum(inputs[1:], inputs[0]),
+    "math.floor": ops.floor,
+    "math.logical_not": ops.logical_not,
+    "math.sign": ops.sign,
     "math.softplus": ops.softplus,
     "math.sqrt": ops.sqrt,
     "math.square": ops.square,
@@ -68,7 +104,16 @@ _UNARY = {
 }
 _BINARY = {
     "__operators__.add": ops.add,
+    "compat.v1.floor_div": ops.floor_divide,
     "math.add": ops.add,
+    "math.equal": ops.equal,
+    "math.greater": ops.greater,
+    "math.greater_equal": ops.greater_equal,
+    "math.less": ops.less,
+    "math.less_equal": ops.less_equal,
+    "math.logical_and": ops.logical_and,
+    "math.logical_or": ops.logical_or,
+    "math.not_equal": ops.not_equal,
     "math.floordiv": ops.floor_divide,
     "math.floormod": ops.mod,
     "math.divide": ops.divide,
@@ -81,6 +126,9 @@ _BINARY = {
     "math.truediv": ops.true_divide,
 }
 _REDUCTIONS = {
+    "math.reduce_all": ops.all,
+    "math.reduce_any": ops.any,
+    "math.reduce_logsumexp": ops.logsumexp,
     "math.reduce_max": ops.max,
     "math.reduce_mean": ops.mean,
     "math.reduce_min": ops.min,
@@ -101,14 +149,42 @@ OPERATIONS = {
     "concat": lambda values, axis: ops.concatenate(values, axis=axis),
     "expand_dims": lambda x, axis: ops.expand_dims(x, axis),
     "linalg.matmul": _matmul,
+    "compat.v1.gather": _gather,
+    "compat.v1.norm": _norm,
+    "compat.v1.pad": _pad,
+    "compat.v1.squeeze": lambda input, axis=None: ops.squeeze(input, axis),
+    "compat.v1.transpose": _transpose,
+    "gather": _gather,
+    "math.argmax": lambda input, axis=0: ops.argmax(input, axis),
+    "math.cumsum": lambda x, axis=0: ops.cumsum(x, axis),
+    "math.l2_normalize": lambda x, axis=None, epsilon=1e-12: ops.normalize(
+        x, axis, epsilon=epsilon**0.5
+    ),
     "nn.gelu": lambda features, approximate=False: ops.gelu(features, approximate),
     "nn.leaky_relu": lambda features, alpha=0.2: ops.leaky_relu(features, alpha),
-    "nn.softmax": lambda logits, axis=-1: ops.softmax(logits, axis=-1 if axis is None else axis),
+    "nn.log_softmax": lambda logits, axis=None: ops.log_softmax(
+        logits, -1 if axis is None else axis
+    ),
+    "nn.softmax": lambda logits, axis=None: ops.softmax(logits, -1 if axis is None else axis),
+    "norm": _norm,
+    "one_hot": lambda indices, depth, axis=None: ops.one_hot(
+        indices, depth, -1 if axis is None else axis
+    ),
+    "ones_like": lambda input: ops.ones_like(input),
+    "pad": _pad,
     "reshape": lambda tensor, shape: ops.reshape(tensor, shape),
-    "squeeze": lambda x, axis=None: ops.squeeze(x, axis),
+    "reverse": lambda tensor, axis: ops.flip(tensor, axis),
+    "roll": lambda input, shift, axis: ops.roll(input, shift, axis),
+    "split": lambda value, num_or_size_splits, axis=0: ops.split(
+        value, _places(num_or_size_splits), axis
+    ),
+    "squeeze": lambda input, axis=None: ops.squeeze(input, axis),
     "stack": lambda values, axis=0: ops.stack(values, axis),
-    "tile": lambda x, multiples: ops.tile(x, multiples),
-    "transpose": lambda a, perm=None: ops.transpose(a, perm),
+    "tile": lambda input, multiples: ops.tile(input, multiples),
+    "transpose": _transpose,
+    "unstack": lambda value, num=None, axis=0: ops.unstack(value, num, axis),
+    "where": lambda condition, x, y: ops.where(condition, x, y),
+    "zeros_like": lambda input: ops.zeros_like(input),
 }
 
 

@@ -35,6 +35,8 @@ def compile_as_saved(model, saved: dict | None, path, custom_objects) -> None:
             # Keras 3 compiles with RMSprop, whatever that was.
             del arguments["optimizer"]
         model.compile(**arguments)
+    # Its state is part of a file that Keras 3 saves.
+    model.optimizer.build(model.trainable_variables)
     if left_out:
         warnings.warn(
             f"{path}: Keras 3 does not know the {' and '.join(left_out)} that the model was "

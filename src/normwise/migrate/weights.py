@@ -173,7 +173,7 @@ class _Walk:
             return
         attributes = {id(value): name.lstrip("_") for name, value in vars(layer).items()}
         for each in own:
-            names = (each.name, attributes.get(id(each)), f"_{each.name}")
+            names = (each.name, attributes.get(id(each)), f"_{each.name}", f"depthwise_{each.name}")
             if (name := next((name for name in names if name in node.variables), None)) is not None:
                 self._pairs.append((each, node.variables[name]))
 
