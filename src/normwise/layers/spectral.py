@@ -173,15 +173,16 @@ class SpectralNormalization(KernelWrapper):
         matrix = _as_matrix(weight, self._column_axes(kernel))  # (rows, columns)
         fixed = ops.stop_gradient(matrix)
         right = full_precision(u)  # (1, columns)
-        left = _unit(ops.matmul(right, ops.transpose(fixed)))  # (1, rows)
+        # Not `ops.matmul`, which on PyTorch takes float64 down to float32.
+        left = _unit(right @ ops.transpose(fixed))  # (1, rows)
         if training:
             for step in range(self.power_iterations):
                 if step:
-                    left = _unit(ops.matmul(right, ops.transpose(fixed)))
-                right = _unit(ops.matmul(left, fixed))
+                    left = _unit(right @ ops.transpose(fixed))
+                right = _unit(left @ fixed)
             kept = ops.where(ops.any(right != 0), right, full_precision(u))
             u.assign(ops.stop_gradient(kept))
-        sigma = ops.sum(ops.matmul(left, matrix) * _unit(right))
+        sigma = ops.sum((left @ matrix) * _unit(right))
         return ops.where(sigma > 0, sigma, ops.ones_like(sigma))
 
 

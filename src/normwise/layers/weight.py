@@ -175,7 +175,8 @@ class WeightNormalization(KernelWrapper):
             v = full_precision(kernel.variable)
             square = ops.sum(ops.square(v), axis=_norm_axes(kernel), keepdims=True)
             length = moved.pop(id(g)) if id(g) in moved else full_precision(g)
-            direction = v * ops.rsqrt(ops.maximum(square, _SMALLEST_SQUARE))
+            # A tensor, for the number would make it float32 on PyTorch.
+            direction = v * ops.rsqrt(ops.maximum(square, ops.full_like(square, _SMALLEST_SQUARE)))
             moved[id(kernel.variable)] = direction * length
         return moved
 

@@ -5,6 +5,13 @@ import typing
 import keras
 from keras import ops
 
+_TRANSPOSED = (
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
+_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+
 
 class Kernel(typing.NamedTuple):
     """A kernel of a wrapped layer.
@@ -13,13 +20,11 @@ class Kernel(typing.NamedTuple):
         owner: the layer that has it: the wrapped one, or its recurrent cell.
         name: the attribute under which it has it.
         variable: the weight.
-        output_axes: the axes that tell the kernel's outputs apart, counted from the end.
     """
 
     owner: keras.Layer
     name: str
     variable: keras.Variable
-    output_axes: tuple[int, ...]
 
     @property
     def prefix(self) -> str:
@@ -30,15 +35,20 @@ class Kernel(typing.NamedTuple):
     @property
     def depthwise(self) -> bool:
         """Whether it has a set of outputs for every input channel."""
-        return self.output_axes == (-2, -1)
+        return self.name == "depthwise_kernel" or isinstance(self.owner, _DEPTHWISE)
 
-
-_TRANSPOSED = (
-    keras.layers.Conv1DTranspose,
-    keras.layers.Conv2DTranspose,
-    keras.layers.Conv3DTranspose,
-)
-_DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
+    @property
+    def output_axes(self) -> tuple[int, ...]:
+        """The axes that tell the kernel's outputs apart, counted from the end."""
+        if isinstance(self.owner, _TRANSPOSED):
+            return (-2,)
+        if self.depthwise:
+            return (-2, -1)
+        if isinstance(self.owner, keras.layers.EinsumDense):
+            operands, output = self.owner.equation.replace(" ", "").split("->")
+            letters = operands.split(",")[1]
+            return tuple(i - len(letters) for i, letter in enumerate(letters) if letter in output)
+        return (-1,)
 
 
 class KernelWrapper(keras.layers.Wrapper):
@@ -79,7 +89,7 @@ class KernelWrapper(keras.layers.Wrapper):
             found = [getattr(owner, name, None) for name in names]
             if all(isinstance(variable, keras.Variable) for variable in found):
                 return [
-                    Kernel(owner, name, variable, _output_axes(owner, name))
+                    Kernel(owner, name, variable)
                     for name, variable in zip(names, found, strict=True)
                 ]
         wanted = "a recurrent_kernel" if recurrent else self._wanted()
@@ -152,15 +162,3 @@ def _twin(layer, values, **changes):
     weights = {name: values[id(value)] for name, value in own.items() if id(value) in values}
     vars(twin).update({**own, **weights, **changes})
     return twin
-
-
-def _output_axes(owner, name) -> tuple[int, ...]:
-    if isinstance(owner, _TRANSPOSED):
-        return (-2,)
-    if isinstance(owner, _DEPTHWISE) or name == "depthwise_kernel":
-        return (-2, -1)
-    if isinstance(owner, keras.layers.EinsumDense):
-        operands, output = owner.equation.replace(" ", "").split("->")
-        letters = operands.split(",")[1]
-        return tuple(i - len(letters) for i, letter in enumerate(letters) if letter in output)
-    return (-1,)
