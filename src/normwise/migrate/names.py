@@ -38,9 +38,13 @@ _HOMES = {
     "rnn.layer_norm_simple_rnn_cell": ("LayerNormSimpleRNNCell",),
 }
 
+_MOVED_NOTES = {
+    "SpectralNormalization": "compatible=True trains by the old arithmetic",
+    "WeightNormalization": "only a call in training takes its data to initialize",
+}
 MOVED = {
-    f"{home.partition('.')[0]}.{name}": Successor(f"normwise.{home.partition('.')[0]}.{name}")
-    for home, names in _HOMES.items()
+    f"{package}.{name}": Successor(f"normwise.{package}.{name}", _MOVED_NOTES.get(name, ""))
+    for package, names in ((home.partition(".")[0], names) for home, names in _HOMES.items())
     for name in names
 }
 

@@ -176,7 +176,8 @@ def table(migrated: Iterable[Migrated], left: Iterable[Migrated]) -> Table:
         listed.add_column(heading, overflow="fold")
     for file in migrated:
         for finding in file.rewritten.changes:
-            listed.add_row(*map(escape, (file.where(finding), finding.old, finding.new)))
+            cells = (file.where(finding), finding.old, _with_note(finding.new, finding.note))
+            listed.add_row(*map(escape, cells))
     for file in left:
         for finding in file.rewritten.remaining:
             cells = (file.where(finding), finding.old, advice(finding))
@@ -187,8 +188,12 @@ def table(migrated: Iterable[Migrated], left: Iterable[Migrated]) -> Table:
 def advice(finding: Finding) -> str:
     """What to do about a name that did not move."""
     if finding.new is None:
-        return f"no successor: {finding.note}" if finding.note else "no successor"
-    return f"by hand: {finding.new}" + (f" ({finding.note})" if finding.note else "")
+        return _with_note("no successor", finding.note)
+    return f"by hand: {_with_note(finding.new, finding.note)}"
+
+
+def _with_note(text: str, note: str) -> str:
+    return f"{text} ({note})" if note else text
 
 
 def _lines(text: str) -> list[str]:

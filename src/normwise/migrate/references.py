@@ -48,6 +48,7 @@ class Binding:
     """A name that an import binds to TensorFlow Addons or a part of it, and what became of it.
 
     Args:
+        statement: the import.
         name: as the code below the import says it.
         path: what is imported, below the old package; "" is the package itself.
         stands_for: what the name stands for; `import a.b` imports a.b, and binds a.
@@ -56,6 +57,7 @@ class Binding:
         is_needed: whether a use of it was not, so that the old one must.
     """
 
+    statement: cst.Import | cst.ImportFrom
     name: str
     path: str
     stands_for: str
@@ -94,6 +96,7 @@ class References(cst.CSTVisitor):
             for alias, path in old_imports(statement):
                 is_package = isinstance(alias.name, cst.Attribute) and alias.asname is None
                 self.bindings[alias] = Binding(
+                    statement=statement,
                     name=bound_name(alias),
                     path=path,
                     stands_for="" if is_package else path,
@@ -106,15 +109,19 @@ class References(cst.CSTVisitor):
             known = names.successor(binding.path)
             if known is not None and known.is_ours:
                 binding.is_moved = True
-                self._moved(binding.position, binding.path, known.name)
+                self._moved(binding.position, binding.path, known)
             elif known is not None:
                 binding.is_needed = True
                 self._remains(binding.position, binding.path, known)
             elif binding.is_needed:
                 continue
+            elif not self._is_clear(binding):
+                binding.is_needed = True
+                unclear = names.Successor(None, _UNCLEAR)
+                self._remains(binding.position, binding.path, unclear)
             elif binding.is_moved or binding.path in names.REGISTERING_MODULES:
                 binding.is_moved = True
-                self._moved(binding.position, binding.path, NEW_PACKAGE)
+                self._moved(binding.position, binding.path, names.Successor(NEW_PACKAGE))
             else:
                 binding.is_needed = True
                 unused = names.Successor(None, "nothing here uses it; remove the import")
@@ -159,8 +166,9 @@ class References(cst.CSTVisitor):
         if not isinstance(value, str):
             return
         by_hand = "in a string; edit it by hand"
-        if self._annotations and _DOTTED.fullmatch(value):
-            self._refer_in_string(node, value)
+        if self._annotations:
+            for found in _DOTTED.finditer(value):
+                self._refer_in_annotation(node, found[0], is_all=found[0] == value)
         elif _DOTTED.fullmatch(value) and (path := _path_below(value)) is not None:
             known = names.successor(path) or names.Successor(None)
             self._remains(self._position(node), path, known._replace(note=known.note or by_hand))
@@ -196,28 +204,30 @@ class References(cst.CSTVisitor):
                 break
         if known is None:
             known = names.Successor(None, _AS_VALUE if path in names.MODULES else _UNKNOWN)
-        self._decide(node if attributes else root, position, path, known, bindings)
+        last = node if attributes else root
+        self._decide(last, position, path, known, bindings, known.is_ours)
 
-    def _refer_in_string(self, node: cst.SimpleString, value: str) -> None:
-        root, *attributes = value.split(".")
+    def _refer_in_annotation(self, node: cst.SimpleString, dotted: str, is_all: bool) -> None:
+        root, *attributes = dotted.split(".")
         bindings = self._bindings_of(root, node)
-        if not bindings or not attributes:
+        path = self._stands_for(root, node, bindings) if bindings else None
+        if path is None or names.successor(path) is not None:
             return
-        path = self._stands_for(root, node, bindings)
-        if path is None or names.successor(path) is None:
-            path = ".".join([*filter(None, [path]), *attributes])
-            known = names.successor(path) or names.Successor(None, _UNKNOWN)
-            self._decide(node, self._position(node), path, known, bindings)
+        path = ".".join([*filter(None, [path]), *attributes])
+        known = names.successor(path) or names.Successor(None, _UNKNOWN)
+        if known.is_ours and not is_all:
+            known = known._replace(note="in a string; edit it by hand")
+        self._decide(node, self._position(node), path, known, bindings, is_all and known.is_ours)
 
-    def _decide(self, node, position, path, known, bindings) -> None:
-        if known.is_ours:
+    def _decide(self, node, position, path, known, bindings, moves) -> None:
+        if moves:
             self.references[node] = known.name.removeprefix(f"{NEW_PACKAGE}.")
-            self._moved(position, path, known.name)
+            self._moved(position, path, known)
         else:
             self._remains(position, path, known)
         for binding in bindings:
-            binding.is_moved |= known.is_ours
-            binding.is_needed |= not known.is_ours
+            binding.is_moved |= moves
+            binding.is_needed |= not moves
 
     def _bindings_of(self, name: str, node: cst.CSTNode) -> list[Binding]:
         """The imports of TensorFlow Addons that may have bound a name, as `node` sees it."""
@@ -242,13 +252,17 @@ class References(cst.CSTVisitor):
         is_clear = len(paths) == 1 and not others and name not in self._redirected
         return paths.pop() if is_clear else None
 
+    def _is_clear(self, binding: Binding) -> bool:
+        bindings = self._bindings_of(binding.name, binding.statement)
+        return self._stands_for(binding.name, binding.statement, bindings) is not None
+
     def _assignments(self, name: str, node: cst.CSTNode) -> list[metadata.Assignment]:
         scope = self.get_metadata(metadata.ScopeProvider, node, None)
         found = scope[name] if scope is not None else ()
         return [each for each in found if isinstance(each, metadata.Assignment)]  # no builtin
 
-    def _moved(self, position: tuple[int, int], path: str, new: str) -> None:
-        self._add(self.changes, position, _below(OLD_PACKAGE, path), names.Successor(new))
+    def _moved(self, position: tuple[int, int], path: str, known: names.Successor) -> None:
+        self._add(self.changes, position, _below(OLD_PACKAGE, path), known)
 
     def _remains(self, position: tuple[int, int], path: str, known: names.Successor) -> None:
         self._add(self.remaining, position, _below(OLD_PACKAGE, path), known)
