@@ -138,10 +138,11 @@ class KernelWrapper(keras.layers.Wrapper):
     def from_config(cls, config, custom_objects=None):
         """The wrapper of a config, which may be one that Keras 2 wrote."""
         layer = config["layer"]
-        # Configs older than Keras 2.12 do not say of which module a class is.
-        keras_own = isinstance(layer, dict) and "module" not in layer
-        read = keras.layers.deserialize if keras_own else keras.saving.deserialize_keras_object
-        return cls(**{**config, "layer": read(layer, custom_objects=custom_objects)})
+        if "module" not in layer and hasattr(keras.layers, layer["class_name"]):
+            # Configs older than Keras 2.12 do not say of which module a class is.
+            layer = {"module": "keras.layers", "registered_name": None, **layer}
+        layer = keras.saving.deserialize_keras_object(layer, custom_objects=custom_objects)
+        return cls(**{**config, "layer": layer})
 
 
 def full_precision(tensor):
