@@ -10,6 +10,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import old_models
 import pytest
 from frameworks import to_numpy
 
@@ -224,6 +225,18 @@ def test_offsets_of_trained_wrappers_are_gone_with_the_old_weights(golden):
         weight.assign(keras.ops.ones(weight.shape, weight.dtype))
     migrate.load_weights(model, golden / "convolutions.legacy.h5")
     check_predictions(model, golden, "convolutions")
+
+
+def test_recurrent_layers_keep_their_state_from_batch_to_batch(tmp_path):
+    config = old_models.sequential(
+        old_models.layer("InputLayer", "input", batch_input_shape=[1, 3, 2]),
+        old_models.layer("SimpleRNN", "rnn", units=1, activation="linear", stateful=True),
+    )
+    weights = {"kernel": np.ones((2, 1)), "recurrent_kernel": np.ones((1, 1)), "bias": np.zeros(1)}
+    path = old_models.write_h5(tmp_path / "old.h5", config, {"rnn": weights})
+    model = migrate.load_model(path)
+    ones = np.ones((1, 3, 2), "float32")
+    assert [to_numpy(model(ones)).item() for _ in range(2)] == [6.0, 12.0]
 
 
 def test_a_model_loads_and_trains_as_it_was_compiled(golden):

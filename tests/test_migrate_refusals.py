@@ -88,6 +88,24 @@ def test_a_function_of_the_users_own_is_no_code(write):
     np.testing.assert_array_equal(to_numpy(model(np.ones((1, 4)))), [[8.0, 8.0]])
 
 
+def test_code_beside_a_function_of_the_users_own_is_refused(write):
+    code = {"class_name": "__lambda__", "config": {"code": "4wEAAAA=", "defaults": None}}
+    layer = old_models.layer(
+        "Lambda", "own", function="twice", function_type="function", output_shape=code
+    )
+    path = write(config_of(layer, DENSE))
+    refused(path, "lambda", custom_objects={"twice": lambda x: 2.0 * x})
+
+
+def test_code_in_a_layer_of_the_users_own_is_refused(write):
+    class Own(keras.layers.Wrapper):
+        pass
+
+    code = old_models.layer("Lambda", "code", function=["4wEAAAA=", None, None])
+    path = write(config_of(old_models.layer("Own", "own", layer=code), DENSE))
+    refused(path, "holds a Lambda, whose code is in the file", custom_objects={"Own": Own})
+
+
 def test_no_module_of_the_file_is_imported(write, tmp_path, monkeypatch):
     (tmp_path / "hostile.py").write_text("raise SystemExit")
     monkeypatch.syspath_prepend(tmp_path)

@@ -150,6 +150,11 @@ class Translator:
         for each in (namespace,) if namespace else NAMESPACES.values():
             found = getattr(each, name, None) if _of_keras(value.get("module")) else None
             if isinstance(found, type):
+                if found is keras.layers.Lambda and self.safe_mode:
+                    raise ValueError(
+                        "a layer of your own holds a Lambda, whose code is in the file and would "
+                        "run; pass safe_mode=False if you trust the file"
+                    )
                 if each is not keras.layers:
                     inner = _accepted(inner, found)
                 return _serialized(each.__name__, name, inner)

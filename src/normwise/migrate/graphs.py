@@ -41,6 +41,8 @@ class Builder:
     def __init__(self, translator: configs.Translator):
         self._translator = translator
         self.layers = weakref.WeakKeyDictionary()
+        # Those that keep their state from batch to batch, which is made without it.
+        self.stateful = []
 
     def model(self, data: dict) -> keras.Model:
         """A model, or a layer."""
@@ -78,7 +80,11 @@ class Builder:
                 options[key] = [self.layer(each) for each in inner]
             elif inner is not None:
                 options[key] = self.layer(inner)
-        return cls(**options)
+        is_stateful = options.pop("stateful", False)
+        layer = cls(**options)
+        if is_stateful:
+            self.stateful.append(layer)
+        return layer
 
     def _lambda(self, config: dict) -> keras.Layer:
         """A layer around a function: the user's by its name, or one whose code is in the file."""
@@ -104,7 +110,7 @@ class Builder:
             "arguments": config.get("arguments") or {},
             "dtype": configs.dtype_name(config.get("dtype")),
         }
-        return keras.layers.Lambda.from_config(options, safe_mode=False)
+        return keras.layers.Lambda.from_config(options, safe_mode=self._translator.safe_mode)
 
     def _sequential(self, data: dict, config: dict) -> keras.Model:
         layers = [self.layer(each) for each in _checked_layers(config)]

@@ -123,6 +123,13 @@ def _built(saved: Saved, custom_objects, safe_mode) -> keras.Model:
         for variable, array in pairs:
             # Instead of random values, which would cost their computation and be lost.
             variable._initializer = _initializer(array)
+    if builder.stateful:
+        # Their states have values from the beginning, which no variable could have until here.
+        for layer in builder.stateful:
+            layer.stateful = True
+        values = model.get_weights()
+        model = keras.models.clone_model(model)
+        model.set_weights(values)
     _finalize(model)
     return model
 
