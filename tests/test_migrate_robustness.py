@@ -215,6 +215,17 @@ def endless_heap(folder):
     return path
 
 
+def unknown_type(folder):
+    """A text of a kind that HDF5 does not know: 1.14 calls what it has for it, which is nothing."""
+    path = h5(folder)
+    content = bytearray(path.read_bytes())
+    # The attribute's name, padded to 8 bytes, and then its type: of variable length, a text.
+    at = content.index(b"model_config\0\0\0\0\x19\x01") + 17
+    content[at] = 3
+    path.write_bytes(content)
+    return path
+
+
 def python_code():
     """As Keras 2 writes a Lambda layer: a function's bytes, which this one would run on."""
 
@@ -264,6 +275,7 @@ HOSTILE = {
     "a link to another file": (link_to_other_file, ["link", "not followed"]),
     "the bytes of another file": (bytes_of_other_file, ["lies in another file"]),
     "an endless heap": (endless_heap, ["damaged"]),
+    "a type that is none": (unknown_type, ["model_config", "no text and no number"]),
     "a Lambda layer": (with_layer(lambda_layer()), ["Lambda"]),
     "a lambda for an activation": (with_layer(lambda_activation()), ["__lambda__"]),
     "a function of os": (with_layer(imported_function()), ["os"]),

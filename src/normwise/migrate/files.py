@@ -18,6 +18,7 @@ from normwise.migrate import checkpoints, heaps, protobuf
 from normwise.migrate.stored import Group, Node, Saved
 
 MAX_CONFIG_BYTES = 16 << 20
+ATTRIBUTE_TYPES = (h5py.h5t.TypeStringID, h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID)
 MAX_ATTRIBUTE_BYTES = 1 << 26
 # Compressed weights: float32 values that were trained shrink by a tenth, zeros by a thousand.
 MAX_EXPANSION = 20
@@ -157,6 +158,10 @@ def _decoded(name) -> str:
 
 def _attribute(group: h5py.Group, name: str):
     stored = group.attrs.get_id(name)
+    # Reading a type of variable length that is neither sequence nor text ends the process in HDF5
+    # 1.14.6, so only the types that Keras writes are read.
+    if not isinstance(stored.get_type(), ATTRIBUTE_TYPES):
+        raise ValueError(f"the attribute {name} of the file is no text and no number")
     if math.prod(stored.shape) * stored.dtype.itemsize > MAX_ATTRIBUTE_BYTES:
         raise ValueError(f"the attribute {name} of the file is of an impossible size")
     return group.attrs[name]
