@@ -88,12 +88,6 @@ def load_weights(model, path) -> None:
         _finalize(model)
 
 
-def read_config(path) -> dict:
-    """The config of a saved model, as the file has it: its class, and its layers' names."""
-    with _refusing(path) as path:
-        return files.read_model(path).config
-
-
 @contextlib.contextmanager
 def _refusing(path):
     """Turn whatever a file brings about into one line that names it.
@@ -108,7 +102,9 @@ def _refusing(path):
     except Exception as error:
         text = " ".join(str(error).split())
         if type(error) is not ValueError:
-            text = f"{type(error).__name__} ({text:.300})"
+            text = (
+                f"it is damaged, or not as Keras 2 writes it: {type(error).__name__} ({text:.300})"
+            )
         raise ValueError(f"{path} cannot be loaded: {text}") from error
 
 
