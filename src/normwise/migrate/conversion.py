@@ -308,7 +308,8 @@ def _layers(model, prefix="") -> Iterator[tuple[str, keras.Layer]]:
 def _classes(config: dict, prefix="") -> Iterator[tuple[str, str]]:
     """The same walk as `_layers`, through the config of a model."""
     for layer in config["config"].get("layers", []):
-        name = f"{prefix}{layer['config'].get('name')}"
+        # As the loader names it: Keras 3 builds paths of the names.
+        name = prefix + str(layer["config"].get("name")).replace("/", "_")
         if "layers" in layer["config"]:
             yield from _classes(layer, f"{name}/")
         else:
