@@ -155,22 +155,20 @@ class Edits(cst.CSTTransformer):
 
 
 def name_of_package(scopes: Iterable[metadata.Scope]) -> str:
-    """What the new package is called in a module, or what it can be called without a clash."""
-    taken = set()
+    """What a module calls the new package already, or what it can call it without a clash."""
+    imported, taken = [], set()
     for scope in scopes:
         for assignment in scope.assignments:
-            is_ours = isinstance(assignment.node, cst.Import) and any(
+            is_package = isinstance(assignment.node, cst.Import) and any(
                 _is_of_package(alias) and bound_name(alias) == assignment.name
                 for alias in assignment.node.names
             )
-            if is_ours and isinstance(scope, metadata.GlobalScope):
-                return assignment.name
-            if not is_ours:
+            if not is_package:
                 taken.add(assignment.name)
-    name = NEW_PACKAGE
-    while name in taken:
-        name += "_"
-    return name
+            elif isinstance(scope, metadata.GlobalScope):
+                imported.append(assignment.name)
+    others = (NEW_PACKAGE + "_" * count for count in itertools.count())
+    return next(name for name in itertools.chain(imported, others) if name not in taken)
 
 
 def _is_of_package(alias: cst.ImportAlias) -> bool:

@@ -148,7 +148,8 @@ def _encoded(source: str, text: str, cell: _Cell) -> str:
     spans = [(start, stop) for _, start, stop in _items(old, 0)]
     encoded = {json.loads(old[start:stop]): old[start:stop] for start, stop in spans}
     opening, closing = old[: spans[0][0]], old[spans[-1][1] :]
-    separator = old[spans[0][1] : spans[1][0]] if len(spans) > 1 else f",{opening[1:]}"
+    between = opening[1:] or (" " if '": ' in text else "")
+    separator = old[spans[0][1] : spans[1][0]] if len(spans) > 1 else f",{between}"
     lines = source.splitlines(keepends=True)
     new = [encoded.get(line) or json.dumps(line, ensure_ascii=is_ascii) for line in lines]
     return opening + separator.join(new) + closing

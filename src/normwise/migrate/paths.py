@@ -156,17 +156,20 @@ def print_findings(migrated: Sequence[Migrated], *, is_written: bool) -> None:
 
     Once written, what remains is found anew, for its lines have moved.
     """
-    changed = sum(file.is_changed for file in migrated)
     moved = sum(len(file.rewritten.changes) for file in migrated)
-    remaining = sum(len(file.rewritten.remaining) for file in migrated)
-    if moved or remaining:
-        left = [migrate(file.path) for file in migrated] if is_written else migrated
-        Console().print(table(migrated, left))
-    typer.echo(f"{moved} names moved, {remaining} remain, in {len(migrated)} files; ", nl=False)
-    if is_written:
-        typer.echo(f"wrote {changed}.")
-    else:
-        typer.echo(f"{changed} would change: --diff shows how, --write does it.")
+    total = moved + sum(len(file.rewritten.remaining) for file in migrated)
+    changed = sum(file.is_changed for file in migrated)
+    if not total:
+        typer.echo(f"Nothing of TensorFlow Addons is in {len(migrated)} files.")
+        return
+    left = [migrate(file.path) for file in migrated] if is_written else migrated
+    Console().print(table(migrated, left))
+    typer.echo(
+        f"{moved} of {total} names were moved, in {changed} files."
+        if is_written
+        else f"{moved} of {total} names can be moved, in {changed} files: "
+        "--diff shows how, --write does it."
+    )
 
 
 def table(migrated: Iterable[Migrated], left: Iterable[Migrated]) -> Table:
