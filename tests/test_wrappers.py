@@ -275,7 +275,7 @@ def test_fit_save_reload_and_remove(wrapper, jit_compile, tmp_path):
     before = [to_numpy(w) for w in model.trainable_weights]
     x, y = samples((24, 5, 3)), samples((24, 2), seed=1)
     model.compile(keras.optimizers.Adam(1e-2), "mse", jit_compile=jit_compile)
-    losses = model.fit(x, y, batch_size=8, epochs=4, verbose=0).history["loss"]
+    losses = model.fit(x, y, batch_size=12, epochs=3, verbose=0).history["loss"]
     assert losses[-1] < losses[0]
     for w, value in zip(model.trainable_weights, before, strict=True):
         assert np.abs(to_numpy(w) - value).max() > 1e-3, w.path
