@@ -25,8 +25,6 @@ FLOORS = [
     "tutorial",
     "cli",
 ]
-# TensorFlow's checkpoints are read by TensorFlow, where it is installed, whatever Keras's backend.
-READS_CHECKPOINTS = PACKAGE / "migrate" / "checkpoints.py"
 
 
 def imports(path):
@@ -65,7 +63,7 @@ def test_imports_point_down(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_only_kernels_name_a_framework(path):
-    if floor_of(path) != "kernels" and path != READS_CHECKPOINTS:
+    if floor_of(path) != "kernels":
         named = {imported.partition(".")[0] for imported in imports(path)}
         assert not named & FRAMEWORKS
 
