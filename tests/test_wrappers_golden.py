@@ -58,6 +58,12 @@ def test_three_steps_are_those_of_tensorflow_addons(name, arrays):
 
 
 def half_square(target, y):
+    """A loss whose gradient needs y, and so the values of the weights before they are updated.
+
+    Of one that is linear in y TensorFlow 2.21 may calculate the gradient of v with the updated g:
+    its dependency optimizer removes the edge from the read to the update as implied by the
+    optimizer's IdentityN, and then IdentityN. Two Dense layers of Keras are no better off.
+    """
     return keras.ops.sum(keras.ops.square(y - target)) / 2
 
 
