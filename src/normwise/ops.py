@@ -14,12 +14,9 @@ in float32 otherwise. Sets without variance give beta, empty inputs empty output
 infinity stays in its set. See docs/numerics.md for the bounds.
 """
 
-import math
-import numbers
-
 import keras
 
-from normwise import dispatch, geometry, kernels
+from normwise import checks, dispatch, geometry, kernels
 from normwise.kernels import library
 
 __all__ = ["filter_response_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -245,41 +242,6 @@ def filter_response_norm(
     return _call(FilterResponseNorm, *tensors, **options, dtype=dtype)
 
 
-def check_epsilon(epsilon) -> float:
-    """Return `epsilon` as a float if it can be added to a variance."""
-    remedy = "expected a number >= 0, as in epsilon=1e-3"
-    if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real):
-        raise TypeError(f"epsilon={epsilon!r} is no number; {remedy}")
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon={epsilon} cannot be added to a variance; {remedy}")
-    return float(epsilon)
-
-
-def check_dtype(x) -> str:
-    """Return the dtype of `x` if a norm is defined on its numbers."""
-    dtype = keras.backend.standardize_dtype(x.dtype)
-    if "complex" in dtype:
-        raise TypeError(
-            f"x has dtype {dtype}, and no norm is defined on complex numbers; normalize its real "
-            "and imaginary parts, or its modulus"
-        )
-    return dtype
-
-
-def check_mask(plan: geometry.Geometry, mask):
-    """Check that `mask` fits the input of a geometry."""
-    shape = tuple(keras.ops.shape(mask))
-    leading = tuple(
-        1 if isinstance(extent, int) and extent == 1 else full
-        for extent, full in zip(shape, plan.shape, strict=False)
-    )
-    if not 0 < len(shape) <= len(plan.shape) or not _fits(shape, leading):
-        raise ValueError(
-            f"mask has shape {shape}, which does not fit x of shape {plan.shape}; pass the shape "
-            "of x or of its first axes, an extent of 1 standing for all"
-        )
-
-
 def _call(operation, *tensors, **options):
     if any(isinstance(tensor, keras.KerasTensor) for tensor in tensors):
         return operation(**options)(*tensors)
@@ -302,10 +264,10 @@ class _Norm(keras.Operation):
 
     def compute_output_spec(self, x, gamma=None, beta=None, mask=None, learned_epsilon=None):
         options = dict(self.options)
-        check_epsilon(options.pop("epsilon"))
+        checks.check_epsilon(options.pop("epsilon"))
         _, dtype, _ = _dtypes(x, options.pop("dtype"))
         del options["activation"]
-        _check_shapes(self.geometry(x.shape, **options), gamma, beta, mask, learned_epsilon)
+        checks.check_shapes(self.geometry(x.shape, **options), gamma, beta, mask, learned_epsilon)
         return keras.KerasTensor(x.shape, dtype=dtype)
 
     def get_config(self):
@@ -317,14 +279,14 @@ class _Norm(keras.Operation):
         cls, x, gamma, beta, mask, learned_epsilon=None, *, epsilon, activation, dtype, **where
     ):
         """Check the arguments, choose a kernel for their geometry and run it."""
-        epsilon = check_epsilon(epsilon)
+        epsilon = checks.check_epsilon(epsilon)
         x = keras.ops.convert_to_tensor(x)
         given, dtype, arithmetic = _dtypes(x, dtype)
         plan = cls.geometry(x.shape, **where)
         gamma, beta = (_parameter(p, arithmetic) for p in (gamma, beta))
         mask = mask if mask is None else keras.ops.convert_to_tensor(mask)
         learned_epsilon = _parameter(learned_epsilon, arithmetic)
-        _check_shapes(plan, gamma, beta, mask, learned_epsilon)
+        checks.check_shapes(plan, gamma, beta, mask, learned_epsilon)
         through = kernel_dtype(given, dtype)
         choice = dispatch.choose(
             plan,
@@ -426,7 +388,7 @@ def kernel_dtype(given: str, result: str) -> str:
 
 def _dtypes(x, dtype) -> tuple[str, str, str]:
     """The dtypes of x and of the result, and the one to calculate in."""
-    given = check_dtype(x)
+    given = checks.check_dtype(x)
     if dtype is None:
         dtype = given if "float" in given else keras.config.floatx()
     dtype = keras.backend.standardize_dtype(dtype)
@@ -448,32 +410,3 @@ def _parameter(value, dtype: str):
     ):
         return value
     return keras.ops.convert_to_tensor(value, dtype=dtype)
-
-
-def _check_shapes(plan: geometry.Geometry, gamma, beta, mask, learned_epsilon):
-    for name, parameter in (("gamma", gamma), ("beta", beta)):
-        shape = None if parameter is None else tuple(parameter.shape)
-        if shape is not None and not _fits(shape, plan.parameter_shape):
-            raise ValueError(
-                f"{name} has shape {shape}, but axis {list(plan.parameter_axes)} of shape "
-                f"{plan.shape} needs {plan.parameter_shape}"
-            )
-    if mask is not None:
-        check_mask(plan, mask)
-    if learned_epsilon is not None and tuple(learned_epsilon.shape) not in ((), (1,)):
-        raise ValueError(
-            f"learned_epsilon has shape {tuple(learned_epsilon.shape)}, but it is one number for "
-            "all channels; pass a tensor of shape () or (1,)"
-        )
-
-
-def _fits(shape, expected) -> bool:
-    """Whether two shapes are equal as far as their extents are known."""
-    return shape == expected or (
-        len(shape) == len(expected)
-        and all(
-            e == s
-            for s, e in zip(shape, expected, strict=True)
-            if isinstance(s, int) and e is not None
-        )
-    )

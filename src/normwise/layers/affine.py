@@ -3,7 +3,7 @@
 import keras
 from keras import constraints, initializers, regularizers
 
-from normwise import geometry, ops
+from normwise import checks, geometry
 
 
 class Affine(keras.Layer):
@@ -34,7 +34,7 @@ class Affine(keras.Layer):
     ):
         super().__init__(**kwargs)
         self.axis = axis
-        self.epsilon = ops.check_epsilon(epsilon)
+        self.epsilon = checks.check_epsilon(epsilon)
         self.center = center
         self.scale = scale
         self.beta_initializer = initializers.get(beta_initializer)
@@ -88,9 +88,9 @@ class Affine(keras.Layer):
 
     def compute_output_spec(self, inputs, mask=None, **kwargs):
         """A symbol of the result, with the errors that a call would raise."""
-        ops.check_dtype(inputs)
+        checks.check_dtype(inputs)
         if mask is not None:
-            ops.check_mask(self.geometry(inputs.shape), mask)
+            checks.check_mask(self.geometry(inputs.shape), mask)
         return super().compute_output_spec(inputs, **kwargs)
 
     def get_config(self):

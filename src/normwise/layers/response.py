@@ -3,7 +3,7 @@
 import keras
 from keras import constraints, initializers, regularizers
 
-from normwise import geometry, ops
+from normwise import checks, geometry, ops
 from normwise.layers.affine import Affine
 
 
@@ -237,7 +237,7 @@ class TLU(keras.Layer):
 
     def call(self, inputs):
         """The larger of `inputs` and the threshold."""
-        wide = "float64" in (ops.check_dtype(inputs), self.compute_dtype)
+        wide = "float64" in (checks.check_dtype(inputs), self.compute_dtype)
         arithmetic = "float64" if wide else "float32"
         x = keras.ops.cast(inputs, arithmetic)
         threshold = keras.ops.cast(self.tau, arithmetic)
