@@ -58,7 +58,9 @@ class Problem:
         rng = np.random.default_rng(seed)
         self.x = self._round(rng.normal(mean, std, self.shape))
         self.dy = self._round(rng.normal(size=self.shape))
-        self.parameters = [rng.normal(size=self.span).astype("float32") for _ in "gb"]
+        # In the dtype of the arithmetic, to which their gradients are rounded.
+        arithmetic = "float64" if self.dtype == "float64" else "float32"
+        self.parameters = [rng.normal(size=self.span).astype(arithmetic) for _ in "gb"]
         if not affine:
             self.parameters = []
         return self
