@@ -115,9 +115,9 @@ def compiled(function):
     return function
 
 
-def float64_enabled():
-    """A context in which float64 exists: JAX leaves it off by default."""
-    if BACKEND == "jax":
+def float64_enabled(dtype="float64"):
+    """A context in which float64 exists, if that is the dtype: JAX leaves it off by default."""
+    if BACKEND == "jax" and dtype == "float64":
         import jax
 
         return jax.enable_x64(True)

@@ -24,6 +24,17 @@ def sequential(*layers, name="sequential"):
     return {"class_name": "Sequential", "config": {"name": name, "layers": list(layers)}}
 
 
+def small():
+    """A model of two weighted layers around a norm, for images (6, 6, 4)."""
+    return sequential(
+        input_layer("image", 6, 6, 4),
+        layer("Conv2D", "conv", filters=4, kernel_size=[3, 3], activation="relu"),
+        layer("Addons>GroupNormalization", "norm", groups=2, axis=-1, epsilon=0.001),
+        layer("GlobalAveragePooling2D", "pool"),
+        layer("Dense", "dense", units=3, activation="linear"),
+    )
+
+
 def functional(layers, inputs, outputs, name="model"):
     """`layers` holds pairs of a layer and the names of the layers that it is called on."""
     nodes = [

@@ -9,6 +9,10 @@ import dataclasses
 
 import numpy as np
 
+# Half an ulp of 1, the rounding of a dtype; and its last digit where numbers lose digits at 0.
+EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 0.0}
+
 
 def group_labels(shape, axis, groups):
     """Labels of group norm: one per sample and group of neighbouring channels."""

@@ -21,13 +21,7 @@ FIXTURES = Path(__file__).parents[2] / "shared" / "tfa_models"
 TOLERANCE = 2e-4
 RNG = np.random.default_rng(0)
 
-CONFIG = old_models.sequential(
-    old_models.input_layer("image", 6, 6, 4),
-    old_models.layer("Conv2D", "conv", filters=4, kernel_size=[3, 3], activation="relu"),
-    old_models.layer("Addons>GroupNormalization", "norm", groups=2, axis=-1, epsilon=0.001),
-    old_models.layer("GlobalAveragePooling2D", "pool"),
-    old_models.layer("Dense", "dense", units=3, activation="linear"),
-)
+CONFIG = old_models.small()
 WEIGHTS = {
     "conv": {"kernel": RNG.normal(size=(3, 3, 4, 4)), "bias": RNG.normal(size=4)},
     "norm": {"gamma": RNG.normal(size=4), "beta": RNG.normal(size=4)},

@@ -34,13 +34,7 @@ COUNT = int(os.environ.get("NORMWISE_MUTATIONS") or BY_BACKEND[keras.config.back
 PROCESSOR_LIMIT_S = 5.0
 MEMORY_LIMIT_MIB = 1024
 
-CONFIG = old_models.sequential(
-    old_models.input_layer("image", 6, 6, 4),
-    old_models.layer("Conv2D", "conv", filters=4, kernel_size=[3, 3], activation="relu"),
-    old_models.layer("Addons>GroupNormalization", "norm", groups=2, axis=-1, epsilon=0.001),
-    old_models.layer("GlobalAveragePooling2D", "pool"),
-    old_models.layer("Dense", "dense", units=3, activation="linear"),
-)
+CONFIG = old_models.small()
 WEIGHTS = {
     "conv": {"kernel": np.ones((3, 3, 4, 4), "float32"), "bias": np.zeros(4, "float32")},
     "norm": {"gamma": np.ones(4, "float32"), "beta": np.zeros(4, "float32")},

@@ -1,6 +1,5 @@
 """Filter response norm as a function, against float64, and which kernel runs it."""
 
-import contextlib
 import dataclasses
 
 import keras
@@ -16,7 +15,7 @@ from frameworks import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from norms import samples
-from reference import Norm, group_labels
+from reference import EPS, SMALLEST, Norm, group_labels
 
 import normwise
 from normwise import geometry, ops
@@ -24,18 +23,11 @@ from normwise.dispatch import Choice
 from normwise.kernels import library
 from normwise.layers import FilterResponseNormalization
 
-# Half an ulp of 1: the rounding of a dtype.
-EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
-SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 0.0}
 # Of the profile in force; on JAX each costs a compilation.
 EXAMPLES = settings.default.max_examples
 NATIVE = Choice("native", "the native kernels can take it")
 
 with_library = pytest.mark.skipif(library.path() is None, reason="the native library was not built")
-
-
-def enabled(dtype):
-    return float64_enabled() if dtype == "float64" else contextlib.nullcontext()
 
 
 @dataclasses.dataclass
@@ -148,7 +140,7 @@ def problems(draw, dtypes=tuple(EPS)):
 @settings(max_examples=EXAMPLES // 3)
 @given(problems())
 def test_any_call(arguments):
-    with enabled(arguments["dtype"]):
+    with float64_enabled(arguments["dtype"]):
         Problem(**arguments).check()
 
 
@@ -156,7 +148,7 @@ def test_any_call(arguments):
 @given(problems(dtypes=("float64",)))
 def test_second_gradients_of_any_call(arguments):
     """By x and every parameter, against finite differences of the reference's dx."""
-    with enabled("float64"):
+    with float64_enabled("float64"):
         problem = Problem(**arguments)
         arrays = [problem.x, *problem.parameters]
         direction = np.random.default_rng(1).normal(size=problem.shape)
@@ -196,7 +188,7 @@ def test_vector_edges(extent):
 )
 @pytest.mark.parametrize("dtype", EPS)
 def test_the_native_kernels_are_right(shape, channel, dtype):
-    with enabled(dtype), normwise.use_kernels("native"):
+    with float64_enabled(dtype), normwise.use_kernels("native"):
         Problem(shape, channel, dtype=dtype).check()
 
 

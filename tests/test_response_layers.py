@@ -17,11 +17,10 @@ from frameworks import (
     to_numpy,
 )
 from norms import expected, randomize, samples
+from reference import EPS
 
 from normwise.layers import TLU, FilterResponseNormalization
 
-# Half an ulp of 1: the rounding of a dtype.
-EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
 OLD_MODEL = Path(__file__).parents[2] / "shared" / "tfa_models" / "functional.h5"
 
 both_epsilons = pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])

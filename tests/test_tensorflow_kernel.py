@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import pytest
 from frameworks import BACKEND, assert_within, gradients, second_gradients, to_numpy
-from reference import Norm, group_labels, layer_labels
+from reference import EPS, Norm, group_labels, layer_labels
 
 from normwise import geometry
 from normwise.kernels import composite, library, tensorflow
@@ -22,8 +22,6 @@ pytestmark = [
 ]
 
 EPSILON = 1e-3
-# Half the distance of 1 to the next number, of the arithmetic and of the result.
-ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +174,7 @@ def check(case, dtype="float32", present=(True, True), fused=FUSED["identity"]):
     axes = case.plan().parameter_axes
     gamma, beta = (p if there else None for p, there in zip((gamma, beta), present, strict=True))
     right = Norm(x, gamma, beta, case.labels(), axes, EPSILON, case.centred)
-    eps, rounding = ROUNDING[arithmetic_of(dtype)], ROUNDING[dtype]
+    eps, rounding = EPS[arithmetic_of(dtype)], EPS[dtype]
     # No activation is steeper than 1.13, and none adds more than a few roundings.
     want = fused.function(right.y)
     assert_within(y, want, 1.2 * right.y_tolerance(eps) + (8 * eps + rounding) * np.abs(want), "y")
@@ -193,7 +191,7 @@ def check(case, dtype="float32", present=(True, True), fused=FUSED["identity"]):
 
 
 @every_case
-@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("dtype", EPS)
 def test_values_and_gradients(case, dtype):
     check(case, dtype)
 
@@ -252,7 +250,7 @@ def test_second_gradients_in_half_precision():
         for f in (function, in_single)
     )
     for f, w in zip(found, want, strict=True):
-        assert_within(f, w, 8 * ROUNDING["float16"] * (1 + np.abs(w).max()))
+        assert_within(f, w, 8 * EPS["float16"] * (1 + np.abs(w).max()))
 
 
 def test_third_gradients_in_a_function():
