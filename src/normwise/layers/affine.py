@@ -1,4 +1,4 @@
-"""What every layer of the family has: gamma and beta, an activation, and a config."""
+"""What the layers of the family have: weights, an activation, and a config."""
 
 import keras
 from keras import constraints, initializers, regularizers
@@ -6,7 +6,30 @@ from keras import constraints, initializers, regularizers
 from normwise import checks, geometry
 
 
-class Affine(keras.Layer):
+class Parametric(keras.Layer):
+    """A layer whose weights have an initializer, a regularizer and a constraint of their own each.
+
+    It takes its input in the dtype that it comes in: rounded to float16 first, a norm would lose
+    its statistics, and a threshold the difference to it.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.autocast = False
+
+    def _add_parameter(self, name, shape):
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=getattr(self, f"{name}_initializer"),
+            regularizer=getattr(self, f"{name}_regularizer"),
+            constraint=getattr(self, f"{name}_constraint"),
+            autocast=False,
+        )
+
+
+class Affine(Parametric):
     """A norm followed by y = activation(gamma * x + beta): weights, config and shapes.
 
     A subclass says which geometry an input has and calls its op. Arguments are those of the layers.
@@ -46,9 +69,6 @@ class Affine(keras.Layer):
         self.activation = keras.activations.get(activation)
         self.gamma = None
         self.beta = None
-        self.supports_masking = True
-        # The statistics are of the input as it comes: rounding it to float16 first would lose them.
-        self.autocast = False
 
     def geometry(self, input_shape) -> geometry.Geometry:
         """Which elements of an input of this shape share their statistics."""
@@ -70,16 +90,6 @@ class Affine(keras.Layer):
             self.gamma = self._add_parameter("gamma", shape)
         if self.center:
             self.beta = self._add_parameter("beta", shape)
-
-    def _add_parameter(self, name, shape):
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            initializer=getattr(self, f"{name}_initializer"),
-            regularizer=getattr(self, f"{name}_regularizer"),
-            constraint=getattr(self, f"{name}_constraint"),
-            autocast=False,
-        )
 
     def compute_output_shape(self, input_shape):
         """The shape of the input."""

@@ -4,7 +4,7 @@ import keras
 from keras import constraints, initializers, regularizers
 
 from normwise import checks, geometry, ops
-from normwise.layers.affine import Affine
+from normwise.layers.affine import Affine, Parametric
 
 
 @keras.saving.register_keras_serializable("normwise")
@@ -146,7 +146,7 @@ class FilterResponseNormalization(Affine):
 
 
 @keras.saving.register_keras_serializable("normwise")
-class TLU(keras.Layer):
+class TLU(Parametric):
     """Thresholded linear unit: a relu whose threshold is learned.
 
         y = max(x, tau),    affine: y = max(x, alpha * x + tau)
@@ -203,9 +203,6 @@ class TLU(keras.Layer):
         self.alpha_constraint = constraints.get(alpha_constraint)
         self.tau = None
         self.alpha = None
-        self.supports_masking = True
-        # The threshold meets the input as it comes, not what float16 leaves of both.
-        self.autocast = False
 
     def build(self, input_shape):
         """Create tau and alpha for inputs of this shape."""
@@ -224,16 +221,6 @@ class TLU(keras.Layer):
         if self.affine:
             self.alpha = self._add_parameter("alpha", extents)
         self.input_spec = keras.InputSpec(ndim=len(shape), axes=dict(enumerate(extents, start=1)))
-
-    def _add_parameter(self, name, shape):
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            initializer=getattr(self, f"{name}_initializer"),
-            regularizer=getattr(self, f"{name}_regularizer"),
-            constraint=getattr(self, f"{name}_constraint"),
-            autocast=False,
-        )
 
     def call(self, inputs):
         """The larger of `inputs` and the threshold."""
