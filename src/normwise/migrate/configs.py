@@ -42,6 +42,13 @@ NESTED = ("layer", "backward_layer", "cell", "cells")
 # The classes of models, and of the layers that stand for TensorFlow's functions.
 GRAPHS = {"Functional": "keras.src.models.functional", "Model": "keras", "Sequential": "keras"}
 CALLS = ("TFOpLambda", "SlicingOpLambda")
+# Classes that are others now; Keras 3's LayerNormalization is right on the last axis only, on some
+# backends.
+REPLACED = {
+    "LayerNormalization": normwise.layers.LayerNormalization,
+    "SyncBatchNormalization": keras.layers.BatchNormalization,
+    "ThresholdedReLU": keras.layers.ReLU,
+}
 # Of Keras 3, so no file of Keras 2 names them honestly: they run programs of another framework.
 FOREIGN = ("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
 
@@ -67,13 +74,8 @@ class Translator:
             return own
         if ">" in registered or not _of_keras(data.get("module")):
             return None
-        if name in ("LayerNormalization", "SyncBatchNormalization", "ThresholdedReLU"):
-            return {
-                # Keras 3's is right on the last axis only, on some backends.
-                "LayerNormalization": normwise.layers.LayerNormalization,
-                "SyncBatchNormalization": keras.layers.BatchNormalization,
-                "ThresholdedReLU": keras.layers.ReLU,
-            }[name]
+        if name in REPLACED:
+            return REPLACED[name]
         found = getattr(keras.layers, name, None)
         is_layer = isinstance(found, type) and issubclass(found, keras.Layer)
         return found if is_layer and name not in FOREIGN else None
@@ -203,7 +205,7 @@ class Translator:
         if not _of_keras(data.get("module")):
             return False
         found = [getattr(namespace, name, None) for namespace in NAMESPACES.values()]
-        return name in (*GRAPHS, *CALLS, "ThresholdedReLU", "SyncBatchNormalization") or (
+        return name in (*GRAPHS, *CALLS, *REPLACED) or (
             name not in FOREIGN and any(isinstance(each, type) for each in found)
         )
 

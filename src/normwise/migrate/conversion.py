@@ -15,7 +15,7 @@ import numpy as np
 from rich.table import Table
 
 import normwise
-from normwise.migrate import files, models
+from normwise.migrate import models
 
 # Of an extent that the model leaves open. The first suits most models, and halves as often as a
 # U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
@@ -108,8 +108,7 @@ def convert(
     """
     path, out = Path(path), Path(out)
     _check_out(path, out, overwrite)
-    model = models.load_model(path, custom_objects=custom_objects, safe_mode=safe_mode)
-    saved = files.read_model(path)
+    saved, model = models.read_model(path, custom_objects, safe_mode)
     with tempfile.TemporaryDirectory(prefix=".normwise-", dir=out.parent) as folder:
         written = Path(folder) / out.name
         again = _save_and_read_back(model, written, path, custom_objects, safe_mode)

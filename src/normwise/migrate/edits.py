@@ -96,7 +96,7 @@ class Edits(cst.CSTTransformer):
                 self._references.cells[statement]
                 for line in imports
                 for statement in line.body
-                if self._imports_package(statement)
+                if _binds_package(statement, self._package)
             }
         )
 
@@ -105,7 +105,7 @@ class Edits(cst.CSTTransformer):
         replaced = []
         is_changed = False
         for old, new in zip(original.body, updated.body, strict=True):
-            if self._imports_package(old):
+            if _binds_package(old, self._package):
                 self._imported[-1].add(self._references.cells[old])
             if self._is_moved(old):
                 is_changed = True
@@ -147,28 +147,25 @@ class Edits(cst.CSTTransformer):
         asname = cst.AsName(cst.Name(self._package)) if renamed else None
         return cst.Import([cst.ImportAlias(cst.Name(NEW_PACKAGE), asname)])
 
-    def _imports_package(self, statement: cst.BaseSmallStatement) -> bool:
-        return isinstance(statement, cst.Import) and any(
-            _is_of_package(alias) and bound_name(alias) == self._package
-            for alias in statement.names
-        )
-
 
 def name_of_package(scopes: Iterable[metadata.Scope]) -> str:
     """What a module calls the new package already, or what it can call it without a clash."""
     imported, taken = [], set()
     for scope in scopes:
         for assignment in scope.assignments:
-            is_package = isinstance(assignment.node, cst.Import) and any(
-                _is_of_package(alias) and bound_name(alias) == assignment.name
-                for alias in assignment.node.names
-            )
-            if not is_package:
+            if not _binds_package(assignment.node, assignment.name):
                 taken.add(assignment.name)
             elif isinstance(scope, metadata.GlobalScope):
                 imported.append(assignment.name)
     others = (NEW_PACKAGE + "_" * count for count in itertools.count())
     return next(name for name in itertools.chain(imported, others) if name not in taken)
+
+
+def _binds_package(node: cst.CSTNode, name: str) -> bool:
+    """Whether a statement imports the new package under a name."""
+    return isinstance(node, cst.Import) and any(
+        _is_of_package(alias) and bound_name(alias) == name for alias in node.names
+    )
 
 
 def _is_of_package(alias: cst.ImportAlias) -> bool:

@@ -295,10 +295,11 @@ def _inflate(archive: zipfile.ZipFile, info: zipfile.ZipInfo, limit: int) -> byt
 def _read_saved_model(path: Path) -> Saved:
     metadata = path / METADATA
     if not metadata.is_file():
-        found = "it is a SavedModel without it" if (path / "saved_model.pb").is_file() else ""
+        is_other = (path / "saved_model.pb").is_file()
         raise ValueError(
-            f"the folder lacks {METADATA}{found and f' ({found})'}, which TensorFlow 2.5 to 2.15 "
-            "writes for a Keras model; load it there, and save it as .h5"
+            f"the folder lacks {METADATA}{' (it is a SavedModel without it)' if is_other else ''}, "
+            "which TensorFlow 2.5 to 2.15 writes for a Keras model; load it there, and save it as "
+            ".h5"
         )
     if metadata.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{METADATA} is larger than the {MAX_CONFIG_BYTES >> 20} MiB allowed")

@@ -297,21 +297,7 @@ def _input(config: dict):
 def _arguments(node):
     """The first argument of a call, and the others by name: they hang on every reference."""
     options = {}
-
-    def strip(value, depth=0):
-        if depth > configs.MAX_DEPTH:
-            raise ValueError("a call of the config is nested too deep")
-        if _is_reference(value):
-            if len(value) == 4 and isinstance(value[3], dict):
-                options.update(value[3])
-            return value[2] if value[0] == CONSTANT else Reference(*value[:3])
-        if isinstance(value, list):
-            return [strip(each, depth + 1) for each in value]
-        if isinstance(value, dict):
-            return {key: strip(each, depth + 1) for key, each in value.items()}
-        return value
-
-    inputs = strip(node)
+    inputs = _parsed(node, options)
     return inputs, {key: _parsed(value) for key, value in options.items()}
 
 
@@ -325,16 +311,18 @@ def _is_reference(value) -> bool:
     )
 
 
-def _parsed(value, depth=0):
-    """A value with the references in it told from lists."""
+def _parsed(value, options=None, depth=0):
+    """A value with the references in it told from lists; what hangs on them goes to `options`."""
     if depth > configs.MAX_DEPTH:
         raise ValueError("a call of the config is nested too deep")
     if _is_reference(value):
-        return Reference(*value[:3])
+        if options is not None and len(value) == 4 and isinstance(value[3], dict):
+            options.update(value[3])
+        return value[2] if value[0] == CONSTANT else Reference(*value[:3])
     if isinstance(value, list):
-        return [_parsed(each, depth + 1) for each in value]
+        return [_parsed(each, options, depth + 1) for each in value]
     if isinstance(value, dict):
-        return {key: _parsed(each, depth + 1) for key, each in value.items()}
+        return {key: _parsed(each, options, depth + 1) for key, each in value.items()}
     return value
 
 

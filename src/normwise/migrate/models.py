@@ -48,12 +48,18 @@ def load_model(path, custom_objects=None, compile=False, safe_mode=True) -> kera
     Traceback (most recent call last):
     FileNotFoundError: [Errno 2] No such file or directory: 'model.h5'
     """
-    with _refusing(path) as path:
-        saved = files.read_model(path)
-        model = _built(saved, custom_objects, safe_mode)
-        if compile:
+    saved, model = read_model(path, custom_objects, safe_mode)
+    if compile:
+        with _refusing(path) as path:
             training.compile_as_saved(model, saved.training, path, custom_objects)
     return model
+
+
+def read_model(path, custom_objects=None, safe_mode=True) -> tuple[Saved, keras.Model]:
+    """What a file holds, and the model that it makes; arguments and errors are `load_model`'s."""
+    with _refusing(path) as path:
+        saved = files.read_model(path)
+        return saved, _built(saved, custom_objects, safe_mode)
 
 
 def load_weights(model, path) -> None:

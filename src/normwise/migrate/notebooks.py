@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from normwise.migrate.names import NEW_PACKAGE
 from normwise.migrate.references import REQUIREMENT, Finding
-from normwise.migrate.source import Rewritten, parse, rewrite_cells
+from normwise.migrate.source import Rewritten, in_order, parse, rewrite_cells
 
 # What IPython takes for itself or the shell: %pip, !ls, files = !ls, model?
 _MAGIC = re.compile(r"\s*(?:[%!?]|[\w, ]+=\s*[%!])|.*\?\s*$")
@@ -91,7 +91,7 @@ def rewrite_notebook(text: str) -> Rewritten:
         )
         if source != cell.source:
             text = text[: cell.span.start] + _encoded(source, text, cell) + text[cell.span.stop :]
-    return Rewritten(text, _in_order(changes), _in_order(remaining))
+    return Rewritten(text, in_order(changes), in_order(remaining))
 
 
 def _code_cells(text: str) -> list[_Cell]:
@@ -196,7 +196,3 @@ def _in_cell(finding: Finding, cells: list[_Cell], starts: list[int]) -> Finding
     index = bisect.bisect(starts, finding.line) - 1
     line = finding.line - starts[index] + 1
     return dataclasses.replace(finding, line=line, cell=cells[index].number)
-
-
-def _in_order(findings: list[Finding]) -> tuple[Finding, ...]:
-    return tuple(sorted(findings, key=lambda each: (each.cell, each.line, each.column)))

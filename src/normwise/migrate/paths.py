@@ -59,16 +59,11 @@ class Migrated:
     def write(self) -> None:
         """Put the new text in the place of the old in one step, with the file's permissions."""
         target = self.path.resolve()  # the file that a link leads to, not the link
-        descriptor, temporary = tempfile.mkstemp(prefix=".normwise-", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(self.rewritten.text.encode(self.encoding))
-            shutil.copymode(target, temporary)
-            Path(temporary).replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            raise
+        with tempfile.TemporaryDirectory(prefix=".normwise-", dir=target.parent) as folder:
+            written = Path(folder) / target.name
+            written.write_bytes(self.rewritten.text.encode(self.encoding))
+            shutil.copymode(target, written)
+            written.replace(target)
 
     def where(self, finding: Finding) -> str:
         """The place of a finding, as an editor takes it; a notebook's cell by its number."""

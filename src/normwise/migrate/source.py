@@ -102,7 +102,7 @@ def rewrite_cells(text: str, cell_starts: Sequence[int]) -> Rewritten:
         scopes = set(module.resolve(metadata.ScopeProvider).values()) - {None}
         rewritten = module.module.visit(Edits(references, name_of_package(scopes)))
         text = mark + rewritten.code.removesuffix(end)
-    return Rewritten(text, _in_order(references.changes), _in_order(references.remaining))
+    return Rewritten(text, in_order(references.changes), in_order(references.remaining))
 
 
 def _check_nothing_is_lost(source: str, read: str) -> None:
@@ -135,5 +135,6 @@ def _what_is_wrong(text: str, error: cst.ParserSyntaxError) -> str:
     return f"line {error.raw_line}: no Python that LibCST knows: {error.message}"
 
 
-def _in_order(findings: list[Finding]) -> tuple[Finding, ...]:
-    return tuple(sorted(findings, key=lambda finding: (finding.line, finding.column)))
+def in_order(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Findings as they stand in a script, or in the cells of a notebook."""
+    return tuple(sorted(findings, key=lambda each: (each.cell, each.line, each.column)))
