@@ -2,9 +2,11 @@
 
 import keras
 import numpy as np
+import old_models
 import pytest
 from frameworks import to_numpy
 
+from normwise import migrate
 from normwise.migrate import operations
 
 X = np.arange(1.0, 13.0, dtype="float32").reshape(2, 2, 3) / 7.0
@@ -76,3 +78,12 @@ def test_what_has_no_equal_is_named():
         operations.find({"function": "signal.fft"})
     with pytest.raises(ValueError, match=r"tf\.gather with batch_dims"):
         operations.find({"function": "gather"})(X, indices=[0], batch_dims=1)
+
+
+def test_a_constant_among_the_options_of_a_call(tmp_path):
+    add = {**old_models.layer("TFOpLambda", "add", function="math.add"), "name": "add"}
+    config = old_models.functional([(old_models.input_layer("x", 4), [])], ["x"], ["add"])
+    options = {"y": ["_CONSTANT_VALUE", -1, 2.5], "name": None}
+    config["config"]["layers"].append({**add, "inbound_nodes": [["x", 0, 0, options]]})
+    model = migrate.load_model(old_models.write_h5(tmp_path / "old.h5", config, {}))
+    assert to_numpy(model(np.ones((1, 4), "float32"))).tolist() == [[3.5] * 4]
