@@ -58,8 +58,17 @@ def test_native_is_chosen_wherever_it_can_run():
 
 @built
 def test_composite_is_chosen_when_it_is_asked_for():
+    middle = geometry.layer((2, 4, 5, 6), 1)
     with normwise.use_kernels("composite"):
-        assert choose() == Choice("composite", "use_kernels('composite') is in force")
+        assert choose(middle) == Choice("composite", "use_kernels('composite') is in force")
+
+
+@built
+def test_composite_means_what_runs_without_the_library():
+    with normwise.use_kernels("composite"):
+        choice = choose()
+    assert choice.kernel == ("torch" if BACKEND == "torch" else "composite")
+    assert "use_kernels('composite') is in force" in choice.reason
 
 
 OBSTACLES = {

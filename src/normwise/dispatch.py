@@ -43,8 +43,9 @@ class use_kernels:  # noqa: N801 - used as a function, and in a with statement
     """Choose the kernels for the whole process, or for the length of a with statement.
 
     Args:
-        mode: "auto" takes the native kernels wherever they can run, "composite" the norms written
-            in keras.ops, and "native" the native kernels or an error that says why not.
+        mode: "auto" takes the native kernels wherever they can run, "composite" what runs without
+            them, norms composed of the framework's own operations, and "native" the native kernels
+            or an error that says why not.
 
     A function that was traced before (jax.jit, tf.function, a compiled model) keeps the kernels
     that it was traced with. The environment variable NORMWISE_KERNELS sets the mode at the start.
@@ -56,7 +57,7 @@ class use_kernels:  # noqa: N801 - used as a function, and in a with statement
 
     >>> import numpy as np, normwise
     >>> with normwise.use_kernels("composite"):
-    ...     normwise.explain(normwise.layers.LayerNormalization(), (8, 16)).kernel
+    ...     normwise.explain(normwise.layers.LayerNormalization(axis=1), (8, 16, 4)).kernel
     'composite'
     """
 
@@ -102,10 +103,10 @@ def choose(
     >>> choose(plan, dtype="float32", epsilon=1e-3, masked=False).kernel
     'composite'
     """
-    if _mode == "composite":
-        return Choice("composite", "use_kernels('composite') is in force")
     backend = keras.backend.backend()
-    if masked:
+    if _mode == "composite":
+        obstacle = "use_kernels('composite') is in force"
+    elif masked:
         obstacle = "the native kernels take no mask"
     elif epsilon is None:
         obstacle = "the native kernels take no learned epsilon"

@@ -4,7 +4,6 @@ This is the readable meaning of every faster kernel. It works on the input in it
 large tensor is ever reshaped or transposed, and unknown extents and sharded axes stay as they are.
 """
 
-import keras
 from keras import ops
 
 from normwise.geometry import Geometry
@@ -46,11 +45,13 @@ def normalize(x, gamma, beta, geometry: Geometry, *, epsilon, centred: bool, mas
     scale = _inverse_root(variance, epsilon)
     if gamma is None:
         y = deviation * scale
-    elif geometry.parameter_axes == geometry.set_axes:
-        # Gamma varies inside a set: scale * gamma would be as large as x, and its gradient too.
-        y = deviation * scale * _spread(gamma, geometry)
-    else:
+    elif centred or geometry.parameter_axes != geometry.set_axes:
         y = deviation * (scale * _spread(gamma, geometry))
+    else:
+        # RMS norm's product of scale and gamma is as large as x, and JAX gains nothing by it: at
+        # (8, 64, 64, 256) it trains 1.2 times as fast so. Layer norm does: its forward pass at
+        # (32, 26, 26, 10) takes 0.8 of the time with the product.
+        y = deviation * scale * _spread(gamma, geometry)
     return y if beta is None else y + _spread(beta, geometry)
 
 
@@ -69,22 +70,22 @@ def _normalize_channels(x, gamma, beta, geometry: Geometry, epsilon: float):
 
     The gradient of the mean takes its way through these small tensors, in `rest`, instead of
     through x: a pass less over x backward (training is 1.1 to 1.2 times as fast on TensorFlow).
-    With deviation = d - stop(mean) and rest = mean - stop(mean), d - mean is deviation - rest, and
-    since rest is also the mean of deviation, the variance is mean(deviation^2) - rest^2: as
-    functions, with all their derivatives, not only at the value rest = 0.
+    With centre = stop(mean) and rest = mean - centre, which is also the mean of shifted - centre,
+    the variance is mean((shifted - centre)^2) - rest^2: as functions, with all their derivatives,
+    not only at the value rest = 0.
     """
     count = set_size(x, geometry)
-    deviation = x - ops.stop_gradient(_first(x, geometry))
-    mean = total(deviation, geometry) / count
-    deviation -= ops.stop_gradient(mean)
-    rest = mean - ops.stop_gradient(mean)
-    variance = total(ops.square(deviation), geometry) / count - ops.square(rest)
+    shifted = x - ops.stop_gradient(_first(x, geometry))
+    mean = total(shifted, geometry) / count
+    centre = ops.stop_gradient(mean)
+    rest = mean - centre
+    variance = total(ops.square(shifted - centre), geometry) / count - ops.square(rest)
 
     scale = _inverse_root(variance, epsilon)
     if gamma is not None:
         scale = scale * _spread(gamma, geometry)
-    offset = rest * scale
-    return deviation * scale - (offset if beta is None else offset - _spread(beta, geometry))
+    offset = mean * scale
+    return shifted * scale - (offset if beta is None else offset - _spread(beta, geometry))
 
 
 def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
@@ -110,18 +111,21 @@ def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
 
 def _spread(parameter, geometry: Geometry):
     """Gamma or beta in the shape that broadcasts against x."""
+    axes, rank = geometry.parameter_axes, len(geometry.shape)
+    if axes == tuple(range(rank - len(axes), rank)):
+        return parameter
     return ops.reshape(parameter, geometry.broadcast_shape(ops.shape(parameter)))
 
 
 def _inverse_root(variance, epsilon):
     """1 / sqrt(variance + epsilon), and 0 where that has no value: equal elements at epsilon 0.
 
-    XLA takes a root behind a `where` once per set, and else once per element, so JAX asks at every
-    epsilon: layer norm at (32, 26, 26, 10) is 1.2 times as fast for it, and TensorFlow 0.9 times.
+    By a root and a quotient: XLA makes a reciprocal root of them, but finds a shorter derivative
+    than that of `rsqrt` (RMS norm at (32, 26, 26, 10) trains 1.2 times as fast on JAX).
     """
     radicand = variance + epsilon
-    if keras.backend.backend() != "jax" and not ops.is_tensor(epsilon) and epsilon > 0:
-        return ops.rsqrt(radicand)
+    if not ops.is_tensor(epsilon) and epsilon > 0:
+        return 1 / ops.sqrt(radicand)
     defined = radicand != 0
     return ops.where(defined, ops.rsqrt(ops.where(defined, radicand, 1)), 0)
 
