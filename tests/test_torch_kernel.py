@@ -174,6 +174,47 @@ def test_third_gradients_are_the_composites(plan):
     assert_same(third(native(plan)), third(readable(plan)), 1e-10)
 
 
+def jacobian_at_once(function, arrays):
+    return torch.autograd.functional.jacobian(function, arrays, vectorize=True)
+
+
+def jacobian_by_vmap(function, arrays):
+    y = function(*arrays)
+
+    def pull(dy):
+        return torch.autograd.grad(y, arrays, dy, retain_graph=True)
+
+    rows = torch.eye(y.numel(), dtype=y.dtype).reshape(-1, *y.shape)
+    return tuple(
+        g.reshape(*y.shape, *a.shape)
+        for g, a in zip(torch.func.vmap(pull)(rows), arrays, strict=True)
+    )
+
+
+@few_geometries
+@pytest.mark.parametrize("jacobian", [jacobian_at_once, jacobian_by_vmap])
+def test_many_backward_passes_at_a_time(plan, jacobian):
+    arrays, _ = operands(plan, "float64")
+    function = native(plan, activation=ACTIVATIONS["tanh"])
+    want = torch.autograd.functional.jacobian(function, tuple(arrays))
+    assert_same(jacobian(function, tuple(arrays)), want, 1e-12)
+
+
+@few_geometries
+def test_many_second_derivatives_at_a_time(plan):
+    arrays, _ = operands(plan, "float64")
+    function = native(plan, activation=ACTIVATIONS["tanh"])
+
+    def loss(*arrays):
+        return torch.sin(function(*arrays)).sum()
+
+    hessian = torch.autograd.functional.hessian
+    for found, want in zip(
+        hessian(loss, tuple(arrays), vectorize=True), hessian(loss, tuple(arrays)), strict=True
+    ):
+        assert_same(found, want, 1e-10)
+
+
 @few_geometries
 @pytest.mark.parametrize("name", [None, "silu"])
 def test_finite_differences(plan, name):

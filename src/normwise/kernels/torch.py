@@ -182,6 +182,36 @@ def _forward(x, gamma, beta, plan: _Plan):
     return y, statistics
 
 
+def _is_batch(dy) -> bool:
+    """Whether `dy` is many in one, for many backward passes at a time.
+
+    The first kind is torch.func.vmap's, the second that of torch.autograd: is_grads_batched=True,
+    and jacobian(vectorize=True).
+    """
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(dy) or functorch.is_legacy_batchedtensor(dy)
+
+
+def _backward(x, gamma, beta, dy, statistics, plan: _Plan):
+    plan.norm.threads = torch.get_num_threads()
+    dy = dy.contiguous()
+    dx = torch.empty_like(x)
+    dgamma = None if gamma is None else torch.empty_like(gamma)
+    dbeta = None if beta is None else torch.empty_like(beta)
+    plan.backward(
+        plan.address,
+        x.data_ptr(),
+        _pointer(gamma),
+        _pointer(beta),
+        statistics.data_ptr(),
+        dy.data_ptr(),
+        dx.data_ptr(),
+        _pointer(dgamma),
+        _pointer(dbeta),
+    )
+    return dx, dgamma, dbeta
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gamma, beta, plan):
@@ -193,7 +223,11 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         x, gamma, beta, statistics = ctx.saved_tensors
-        return *_NormGradient.apply(x, gamma, beta, dy, statistics, ctx.plan), None
+        if _is_batch(dy):
+            return *_composite_backward(x, gamma, beta, dy, ctx.plan), None
+        # An autograd function costs 10 us, and only a graph of the gradients needs this one.
+        gradient = _NormGradient.apply if torch.is_grad_enabled() else _backward
+        return *gradient(x, gamma, beta, dy, statistics, ctx.plan), None
 
 
 class _NormGradient(torch.autograd.Function):
@@ -201,22 +235,7 @@ class _NormGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gamma, beta, dy, statistics, plan):
-        plan.norm.threads = torch.get_num_threads()
-        dy = dy.contiguous()
-        dx = torch.empty_like(x)
-        dgamma = None if gamma is None else torch.empty_like(gamma)
-        dbeta = None if beta is None else torch.empty_like(beta)
-        plan.backward(
-            plan.address,
-            x.data_ptr(),
-            _pointer(gamma),
-            _pointer(beta),
-            statistics.data_ptr(),
-            dy.data_ptr(),
-            dx.data_ptr(),
-            _pointer(dgamma),
-            _pointer(dbeta),
-        )
+        dx, dgamma, dbeta = _backward(x, gamma, beta, dy, statistics, plan)
         ctx.save_for_backward(x, gamma, beta, dy)
         ctx.plan = plan
         return dx, dgamma, dbeta
@@ -225,26 +244,33 @@ class _NormGradient(torch.autograd.Function):
     def backward(ctx, *cotangents):
         """Through the composite: the same function, in operations that torch can differentiate."""
         plan, further = ctx.plan, torch.is_grad_enabled()
-        saved = ctx.saved_tensors
         with torch.enable_grad():
             # Views of what has a history, so that gradients of yet higher order find it.
-            x, gamma, beta, dy = inputs = [
-                t if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-                for t in saved
-            ]
-            y = composite.normalize(
-                x.to(plan.arithmetic), gamma, beta, plan.geometry, **plan.options
-            )
-            y = plan.activation.function(y).to(x.dtype)
-            given = [t for t in (x, gamma, beta) if t is not None]
-            first = torch.autograd.grad(y, given, dy, create_graph=True)
+            x, gamma, beta, dy = inputs = [_variable(t) for t in ctx.saved_tensors]
+            first = _composite_backward(x, gamma, beta, dy, plan)
+            found = [g for g in first if g is not None]
+            weights = [c for c, g in zip(cotangents, first, strict=True) if g is not None]
             wanted = [t for t in inputs if t is not None]
             second = torch.autograd.grad(
-                first,
-                wanted,
-                [c for c, t in zip(cotangents, (x, gamma, beta), strict=True) if t is not None],
-                create_graph=further,
-                materialize_grads=True,
+                found, wanted, weights, create_graph=further, materialize_grads=True
             )
         second = iter(second)
         return *(t if t is None else next(second) for t in inputs), None, None
+
+
+def _composite_backward(x, gamma, beta, dy, plan: _Plan):
+    """_backward in operations of torch, which can be differentiated and take a batch of dy."""
+    with torch.enable_grad():
+        x, gamma, beta = inputs = [_variable(t) for t in (x, gamma, beta)]
+        y = composite.normalize(x.to(plan.arithmetic), gamma, beta, plan.geometry, **plan.options)
+        y = plan.activation.function(y).to(x.dtype)
+        given = [t for t in inputs if t is not None]
+        found = iter(torch.autograd.grad(y, given, dy, create_graph=True))
+    return [t if t is None else next(found) for t in inputs]
+
+
+def _variable(tensor):
+    """The tensor as one to take gradients by, with the history that it has."""
+    if tensor is None:
+        return None
+    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
