@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "normwise.h"
+#include "parallel.h"
 
 namespace {
 
@@ -482,6 +483,40 @@ void check_concurrency(uint64_t seed) {
   for (auto& thread : threads) thread.join();
 }
 
+// A framework's pool as it may behave: it calls a task at once, on a thread of its own that comes
+// when it comes, or not at all.
+class Pool {
+ public:
+  ~Pool() {
+    for (auto& thread : threads_) thread.join();
+  }
+
+  static bool schedule(void* pool, void (*task)(void*), void* data) {
+    Pool& self = *static_cast<Pool*>(pool);
+    switch (self.turn_++ % 3) {
+      case 0:
+        self.threads_.emplace_back([=] { task(data); });
+        return true;
+      case 1:
+        task(data);
+        return true;
+      default:
+        return false;
+    }
+  }
+
+ private:
+  int turn_ = 0;
+  vector<std::thread> threads_;
+};
+
+void check_loan(uint64_t seed) {
+  Source source(seed);
+  Pool pool;
+  const normwise::Loan loan(Pool::schedule, &pool);
+  for (int i = 0; i < 40; ++i) check(source.draw());
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -499,5 +534,6 @@ int main(int argc, char** argv) {
     ++cases;
   }
   check_concurrency(seed);
+  check_loan(seed);
   std::printf("%lld cases passed\n", static_cast<long long>(cases));
 }

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "normwise.h"
+#include "parallel.h"
 
 namespace {
 
@@ -46,12 +47,30 @@ struct ErrorArguments {
   int32_t code;
 };
 
+struct DestroyArguments {
+  size_t struct_size;
+  Extension* extensions;
+  Error* error;
+};
+
+struct ScheduleArguments {
+  size_t struct_size;
+  Extension* extensions;
+  void* context;
+  void (*task)(void*);
+  void* data;
+};
+
 struct Api {
   size_t struct_size;
   Extension* extensions;
   Version version;
   const void* internal;
   Error* (*create_error)(ErrorArguments*);
+  const void* get_message;
+  void (*destroy_error)(DestroyArguments*);
+  const void* others[8];
+  Error* (*schedule)(ScheduleArguments*);
 };
 
 struct Buffer {
@@ -278,13 +297,25 @@ void backward(const Frame& frame) {
                     present(dgamma), present(dbeta));
 }
 
+// Hands a task to the threads on which XLA runs everything else on the CPU.
+bool schedule(void* pool, void (*task)(void*), void* data) {
+  const Frame& frame = *static_cast<const Frame*>(pool);
+  ScheduleArguments arguments{sizeof(ScheduleArguments), nullptr, frame.context, task, data};
+  Error* error = frame.api->schedule(&arguments);
+  if (error == nullptr) return true;
+  DestroyArguments refused{sizeof(DestroyArguments), nullptr, error};
+  frame.api->destroy_error(&refused);
+  return false;
+}
+
 // Run `kernel` on a frame; what it throws goes to XLA as an error, for no exception may pass C.
 Error* run(Frame* frame, void (*kernel)(const Frame&)) {
   if (answers_metadata(*frame) || frame->stage != kExecute) return nullptr;
   try {
     require(frame->struct_size >= offsetof(Frame, attributes) + sizeof(Attributes) &&
-                frame->api->version.major == kMajor,
+                frame->api->struct_size >= sizeof(Api) && frame->api->version.major == kMajor,
             "this jaxlib speaks another version of XLA's foreign function interface");
+    const normwise::Loan loan(schedule, frame);
     kernel(*frame);
     return nullptr;
   } catch (const Invalid& invalid) {

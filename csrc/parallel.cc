@@ -177,6 +177,54 @@ void run_on_openmp(OpenMp parallel, Job& job, int threads) {
   parallel(help, &team, unsigned(threads), 0);
 }
 
+thread_local const Loan* loan = nullptr;
+
+// A job that was offered to lent threads. Nobody waits for those that have not come when all tasks
+// are done, since the pool may be at work elsewhere or be the caller's own thread; so this outlives
+// the call, until the last of them has looked in.
+class Offer {
+ public:
+  Offer(Job& job, int others) : job_(job), owners_(1 + others) {}
+
+  static void take(void* offer) { static_cast<Offer*>(offer)->help(); }
+
+  // No one begins after this, and whoever has begun is done.
+  void close() {
+    state_.fetch_or(kClosed);
+    for (int spins = 0; state_.load() != kClosed; ++spins) {
+      spins < kSpins ? pause() : std::this_thread::yield();
+    }
+  }
+
+  void release() {
+    if (owners_.fetch_sub(1) == 1) delete this;
+  }
+
+ private:
+  static constexpr int kClosed = 1 << 30;
+
+  void help() {
+    if ((state_.fetch_add(1) & kClosed) == 0) job_.help(1 + others_.fetch_add(1));
+    state_.fetch_sub(1);
+    release();
+  }
+
+  Job& job_;
+  std::atomic<int> owners_;
+  std::atomic<int> state_{0};  // how many are inside, and kClosed
+  std::atomic<int> others_{0};
+};
+
+void run_on_loan(const Loan& loan, Job& job, int threads) {
+  Offer* offer = new Offer(job, threads - 1);
+  for (int other = 1; other < threads; ++other) {
+    if (!loan.schedule(Offer::take, offer)) offer->release();
+  }
+  job.help(0);
+  offer->close();
+  offer->release();
+}
+
 // Never destroyed: its threads may outlive the statics of a process that exits.
 std::atomic<Pool*> pool{nullptr};
 
@@ -226,10 +274,18 @@ void use_openmp(void* parallel) {
   openmp.store(reinterpret_cast<OpenMp>(parallel));
 }
 
+Loan::Loan(Schedule schedule, void* pool) : schedule_(schedule), pool_(pool), before_(loan) {
+  loan = this;
+}
+
+Loan::~Loan() { loan = before_; }
+
 void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* context) {
   threads = int(std::min<int64_t>(threads, tasks));
   Job job(threads, tasks, work, context);
-  if (const OpenMp parallel = openmp.load()) {
+  if (loan != nullptr) {
+    run_on_loan(*loan, job, threads);
+  } else if (const OpenMp parallel = openmp.load()) {
     run_on_openmp(parallel, job, threads);
   } else if (!the_pool()->run(job, threads)) {
     job.help(0);

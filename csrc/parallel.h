@@ -13,6 +13,27 @@ int thread_limit();
 // region they spin for milliseconds, and other threads would have to share their cores with them.
 void use_openmp(void* parallel);
 
+// While it lives, the calls of the thread that made it run on the threads of a framework's own
+// pool, which its functions leave spinning as OpenMP's do.
+class Loan {
+ public:
+  // Has a thread of the pool call task(data), at once, later or after the call, and returns whether
+  // it will.
+  using Schedule = bool (*)(void* pool, void (*task)(void*), void* data);
+
+  Loan(Schedule schedule, void* pool);
+  ~Loan();
+  Loan(const Loan&) = delete;
+  Loan& operator=(const Loan&) = delete;
+
+  bool schedule(void (*task)(void*), void* data) const { return schedule_(pool_, task, data); }
+
+ private:
+  Schedule schedule_;
+  void* pool_;
+  const Loan* before_;
+};
+
 // Calls work(context, task) once for every task in [0, tasks), on up to `threads` threads of which
 // the caller is one, and returns when all are done. Each thread begins in a part of its own of the
 // tasks. Where the pool is at work for another caller, all run in this one.

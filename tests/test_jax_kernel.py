@@ -417,3 +417,25 @@ def test_keras_data_parallel_trains_as_one_device(tmp_path):
 
     for one, four in zip(trained(1), trained(4), strict=True):
         assert_within(four, one, 1e-5 * (1 + np.abs(one)), "trained on four devices")
+
+
+THREADS = """
+import os
+import jax, jax.numpy as jnp
+from normwise import ops
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+x = jnp.ones((64, 64, 64, 16))
+jax.block_until_ready(jax.jit(lambda x: x @ x.mT)(x))
+before = threads()
+for norm in (ops.instance_norm, ops.layer_norm):
+    jax.block_until_ready(norm(x))
+    assert threads() == before, f"{before} threads became {threads()}"
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc names the threads")
+def test_no_thread_is_started_beside_those_of_xla():
+    subprocess.run([sys.executable, "-c", THREADS], check=True)
