@@ -1,4 +1,4 @@
-// The one pool of threads that every call in the process shares.
+// The threads that calls run on: those of a framework, or one pool for the process.
 #pragma once
 
 #include <cstdint>
