@@ -97,58 +97,94 @@ struct Forward {
 
   void prepare(int64_t unit, Scratch& scratch) const { scratch.place = batches.place(unit); }
 
-  // The sums over the first members of each row of f(elements, row).
-  template <class F>
-  Vec<A> row_sums(const typename Batches<T>::Place& place, int64_t members, const F& f) const {
-    const T* x = tensors.x + place.offset;
-    const int64_t whole = members / kPack<T> * kPack<T>;
+  // Of each row, the sums of d and of d * d.
+  struct Sums {
+    Vec<A> of, of_squares;
+  };
+
+  // From what d is: nothing, a centre for each row, or the row's first element, which is noted
+  // down.
+  enum class From { kNothing, kCentre, kFirst };
+
+  // The sums over the first members of each row.
+  template <From from>
+  Sums sums_of(Lanes<T>& centre, int64_t members, const Scratch& scratch) const {
+    const T* x = tensors.x + scratch.place.offset;
+    const int64_t rows = scratch.place.rows, whole = members / kPack<T> * kPack<T>;
     const int lanes = int(members - whole);
-    Vec<A> partial[kLanes<A>];
-    for (int64_t row = 0; row < place.rows; ++row, x += batches.stride()) {
-      Pack<T> acc = {};
+    Vec<A> of[kLanes<A>], of_squares[kLanes<A>];
+    for (int64_t row = 0; row < rows; ++row, x += batches.stride()) {
+      Pack<T> sum = {}, squares = {};
+      if constexpr (from == From::kFirst) centre[row] = first_of(x);
+      const A c = centre[row];
+      const auto deviation = [&](Pack<T> v) -> Pack<T> {
+        if constexpr (from == From::kNothing) return v;
+        return v - c;
+      };
       int64_t i = 0;
       if (whole >= 4 * kPack<T>) {
-        Pack<T> part[4] = {};
+        Pack<T> sum_part[4] = {}, squares_part[4] = {};
         for (; i + 4 * kPack<T> <= whole; i += 4 * kPack<T>) {
-          for (int v = 0; v < 4; ++v) part[v] += f(load(x + i + v * kPack<T>), row);
+          for (int v = 0; v < 4; ++v) {
+            const Pack<T> d = deviation(load(x + i + v * kPack<T>));
+            if constexpr (from != From::kNothing) sum_part[v] += d;
+            squares_part[v] += d * d;
+          }
         }
-        acc = (part[0] + part[1]) + (part[2] + part[3]);
+        sum = (sum_part[0] + sum_part[1]) + (sum_part[2] + sum_part[3]);
+        squares = (squares_part[0] + squares_part[1]) + (squares_part[2] + squares_part[3]);
       }
-      for (; i < whole; i += kPack<T>) acc += f(load(x + i), row);
-      if (lanes > 0) acc += keep(f(load(x + i, lanes), row), lanes);
-      partial[row] = together(acc);
+      for (; i < whole; i += kPack<T>) {
+        const Pack<T> d = deviation(load(x + i));
+        sum += d;
+        squares += d * d;
+      }
+      if (lanes > 0) {
+        const Pack<T> d = keep(deviation(load(x + i, lanes)), lanes);
+        sum += d;
+        squares += d * d;
+      }
+      of[row] = together(sum);
+      of_squares[row] = together(squares);
     }
-    for (int64_t row = place.rows; row < kLanes<A>; ++row) partial[row] = Vec<A>{};
-    return sums<A>(partial);
+    for (int64_t row = rows; row < kLanes<A>; ++row) of[row] = of_squares[row] = Vec<A>{};
+    return {from == From::kNothing ? Vec<A>{} : sums<A>(of), sums<A>(of_squares)};
   }
 
   void gather(int64_t, int64_t, int64_t, Scratch& scratch) const {
     const A size = A(batches.members);
-    Vec<A> rest = {};
+    Vec<A> rest = {}, variance;
     if (tensors.norm.centred) {
-      // What is subtracted is the first element, or if there are many the mean of some, found so:
-      // equal elements have exactly their own mean, and no sum grows with it.
+      // The centre is the first element, or if there are many the mean of some, found so: equal
+      // elements have exactly their own mean, and no sum grows with it.
       Lanes<T> centre = {};
-      for (int64_t row = 0; row < scratch.place.rows; ++row) {
-        centre[row] = first_of(tensors.x + scratch.place.offset + row * batches.stride());
-      }
-      const auto from_centre = [&](int64_t members) -> Vec<A> {
-        const auto deviation = [&](Pack<T> v, int64_t row) { return v - centre[row]; };
-        return row_sums(scratch.place, members, deviation) / A(members);
-      };
       constexpr int64_t kSome = 4 * kPack<T>;
-      if (batches.members > 4 * kSome) centre = Vec<A>(centre) + from_centre(kSome);
-      const Vec<A> deviation = from_centre(batches.members);
+      Sums found;
+      if (batches.members > 4 * kSome) {
+        const Vec<A> some = sums_of<From::kFirst>(centre, kSome, scratch).of / A(kSome);
+        centre = Vec<A>(centre) + some;
+        found = sums_of<From::kCentre>(centre, batches.members, scratch);
+      } else {
+        found = sums_of<From::kFirst>(centre, batches.members, scratch);
+      }
+      const Vec<A> deviation = found.of / size;
       const Vec<A> mean = Vec<A>(centre) + deviation;
       scratch.mean = mean;
       rest = deviation - (mean - Vec<A>(centre));  // what the mean lost when it was rounded
+      variance = found.of_squares / size - deviation * deviation;
+      // The difference has so many times its own roundings. One row of 16,000 of normal numbers has
+      // its first that far out, and takes its squares from the mean; its neighbours keep theirs.
+      const auto far = deviation * deviation > A(16) * variance;
+      if (sum<A>(far ? splat(A(1)) : Vec<A>{}) > 0) {
+        Lanes<T> own = scratch.mean;
+        const Vec<A> squares = sums_of<From::kCentre>(own, batches.members, scratch).of_squares;
+        variance = far ? squares / size - rest * rest : variance;
+      }
+    } else {
+      Lanes<T> none = {};
+      variance = sums_of<From::kNothing>(none, batches.members, scratch).of_squares / size;
     }
-    const auto square = [&](Pack<T> v, int64_t row) {
-      const Pack<T> d = v - scratch.mean[row];
-      return d * d;
-    };
-    const Vec<A> squares = row_sums(scratch.place, batches.members, square);
-    const Vec<A> radicand = squares / size - rest * rest + A(tensors.norm.epsilon);
+    const Vec<A> radicand = variance + A(tensors.norm.epsilon);
     const Vec<A> inv_std = radicand == A(0) ? Vec<A>{} : A(1) / square_root<A>(radicand);
     scratch.inv_std = inv_std;
     scratch.rest = rest * inv_std;

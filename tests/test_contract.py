@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from reference import EPS, SMALLEST, Norm, group_labels, layer_labels
 
 from normwise import ops
+from normwise.kernels import library
 
 OPS = {
     "group": ops.group_norm,
@@ -166,6 +167,18 @@ def test_offset(norm, mean):
         if mean == 1e4 and norm != "rms":
             expected = Problem(norm, shape, axes, groups=2).fill(3, mean).expected()
             assert_within(y, expected.y, 1e-2, f"{norm} at mean 1e4")
+
+
+@pytest.mark.parametrize("outlier", [30.0, 1e3, -1e5])
+@pytest.mark.parametrize("extent", [10, 60, 250])
+@pytest.mark.parametrize("norm", OPS)
+def test_a_first_element_far_from_the_others(norm, extent, outlier):
+    """The sums are shifted by what the first elements say, and here that is little."""
+    if library.path() is None:
+        pytest.skip("the composite's bound is larger, see docs/numerics.md")
+    problem = Problem(norm, (2, extent, extent), groups=extent // 5).fill(seed=9)
+    problem.x[:, :1] = problem.x[..., :1] = outlier
+    problem.check()
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1234.567, -1e4, 1e6, 1e12])
