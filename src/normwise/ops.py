@@ -391,7 +391,7 @@ def _dtypes(x, dtype) -> tuple[str, str, str]:
     given = checks.check_dtype(x)
     if dtype is None:
         dtype = given if "float" in given else keras.config.floatx()
-    dtype = keras.backend.standardize_dtype(dtype)
+    dtype = checks.dtype_name(dtype)
     if "float" not in dtype:
         raise ValueError(
             f"dtype={dtype} cannot hold a normalized value; use a float dtype, as dtype='float32'"
@@ -405,8 +405,6 @@ def _parameter(value, dtype: str):
     """
     if isinstance(value, keras.Variable):
         value = value.value
-    if value is None or (
-        keras.ops.is_tensor(value) and keras.backend.standardize_dtype(value.dtype) == dtype
-    ):
+    if value is None or (keras.ops.is_tensor(value) and checks.dtype_name(value.dtype) == dtype):
         return value
     return keras.ops.convert_to_tensor(value, dtype=dtype)

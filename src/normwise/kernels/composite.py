@@ -133,12 +133,13 @@ def _inverse_root(variance, epsilon):
 def total(x, geometry: Geometry):
     """The sum over each set, in a shape that broadcasts against the input.
 
-    Where a set takes some of the channels, the other axes go first and the members of a group
-    after: two cheap sums, where one over both would walk memory in steps of a few elements (as
+    Axis by axis, the last first: over two axes at a time TensorFlow takes 1.4 times as long at
+    (32, 26, 26, 10), and 1.7 times at (8, 64, 64, 256). Where a set takes some of the channels, the
+    members of a group go last, for a sum over both would walk memory in steps of a few elements (as
     Keras does, 1.3 to 4 times slower on all three backends).
     """
-    if geometry.set_axes:
-        x = ops.sum(x, axis=geometry.set_axes, keepdims=True)
+    for axis in reversed(geometry.set_axes):
+        x = ops.sum(x, axis=axis, keepdims=True)
     if not geometry.splits_channels:
         return x
     (channel,) = geometry.parameter_axes
