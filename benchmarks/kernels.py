@@ -12,7 +12,9 @@ says which, and no mean counts it.
 
 The share of copy speed is the time of a plain copy of as many bytes as the norm must move at least,
 over normwise's time: forward reads x and writes y, which is one copy of x; backward reads x and dy
-and writes dx, which is one and a half.
+and writes dx, which is one and a half. "kernel alone" is that share for the library's own functions
+called on arrays that exist: what lies between the two is the framework's call, and memory that it
+asks the system for anew.
 """
 
 import argparse
@@ -165,6 +167,8 @@ def measure(case: Case, dtype: str, seconds: float):
     x, dy = problem.x, problem.dy
     x_bytes = math.prod(case.shape) * (2 if dtype == "bfloat16" else 4)
     copies = peers.copies(x_bytes)
+    arrays = (frameworks.to_numpy(tensor) for tensor in (x, dy))
+    alone = peers.alone(problem.layers[0], *arrays, dtype)
     for direction, passes in PASSES.items():
         calls = {
             name: functools.partial(peer.forward, x)
@@ -172,9 +176,11 @@ def measure(case: Case, dtype: str, seconds: float):
             else functools.partial(peer.train, x, dy)
             for name, peer in right.items()
         }
-        ms = measuring.medians_ms(calls | copies, seconds)
-        copy_ms = min(ms.pop(name) for name in copies)
-        kernel_ms = ms.get("op", ms["normwise"])
+        kernel = {"kernel": alone[direction]} if alone else {}
+        ms = measuring.medians_ms(calls | copies | kernel, seconds)
+        least_ms = min(ms.pop(name) for name in copies) * passes / COPY_PASSES
+        alone_ms = ms.pop("kernel", None)
+        ours_ms = ms.get("op", ms["normwise"])
         yield {
             "case": case.name,
             "norm": case.norm,
@@ -185,14 +191,15 @@ def measure(case: Case, dtype: str, seconds: float):
             "direction": direction,
             "kernel": normwise.explain(problem.layers[0], case.shape, dtype).kernel,
             "ms": ms,
-            "copy_ms": copy_ms,
+            "copy_ms": least_ms / passes * COPY_PASSES,
             "ratios": {
-                name: ms[name] / (kernel_ms if name == "torch" else ms["normwise"])
+                name: ms[name] / (ours_ms if name == "torch" else ms["normwise"])
                 for name in ms
                 if name != "normwise"
             },
             "bytes_moved": passes * x_bytes,
-            "share_of_copy_speed": copy_ms * passes / COPY_PASSES / kernel_ms,
+            "share_of_copy_speed": least_ms / ours_ms,
+            "share_of_copy_speed_alone": None if alone_ms is None else least_ms / alone_ms,
             "notes": notes,
         }
 
@@ -224,15 +231,17 @@ def table_of(rows):
     table = Table(title=f"ms, and (peer's / normwise's), on {peers.BACKEND}", title_justify="left")
     for column in ("case", "dtype", "direction"):
         table.add_column(column)
-    for column in ("normwise", *names, "share of copy"):
+    for column in ("normwise", *names, "share of copy", "kernel alone"):
         table.add_column(column, justify="right")
     for row in rows:
         cells = [
             f"{row['ms'][name]:.3f} ({row['ratios'][name]:.2f})" if name in row["ms"] else "-"
             for name in names
         ]
-        times = f"{row['ms']['normwise']:.3f}", *cells, f"{row['share_of_copy_speed']:.0%}"
-        table.add_row(row["case"], row["dtype"], row["direction"], *times)
+        shares = row["share_of_copy_speed"], row["share_of_copy_speed_alone"]
+        shares = ("-" if share is None else f"{share:.0%}" for share in shares)
+        kind = row["case"], row["dtype"], row["direction"]
+        table.add_row(*kind, f"{row['ms']['normwise']:.3f}", *cells, *shares)
     return table
 
 

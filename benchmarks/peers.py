@@ -5,6 +5,7 @@ one that goes forward and back as training does.
 """
 
 import concurrent.futures
+import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import measuring
 import numpy as np
 
 import normwise
+from normwise.kernels import library
 
 BACKEND = keras.backend.backend()
 OURS = ("normwise", "composite", "op")
@@ -104,6 +106,40 @@ def copies(byte_count: int) -> dict[str, Callable[[], object]]:
         concurrent.futures.wait(others)
 
     return {"copy, one thread": lambda: np.copyto(target, source), "copy, all threads": parallel}
+
+
+def alone(layer, x, dy, dtype: str) -> dict[str, Callable[[], object]]:
+    """The kernels on arrays that exist, by direction: what a call takes beyond is the framework's.
+
+    Args:
+        layer: one of normwise's, built.
+        x, dy: NumPy arrays; bfloat16 ones as float32 of its precision.
+        dtype: that the layer reads and writes.
+    """
+    if library.path() is None:
+        return {}
+    plan = layer.geometry(x.shape)
+    layout = library.layout(plan)
+    extents = plan.extents, layout.keeps_after, layer.centred
+    options = library.DTYPES[dtype], library.IDENTITY.code, layer.epsilon, library.IDENTITY.slope
+    norm = library.Norm(*extents[0], *extents[1:], *options)
+    if dtype == "bfloat16":
+        x, dy = ((array.view("uint32") >> 16).astype("uint16") for array in (x, dy))
+    gamma = np.ones(plan.parameter_shape, "float32")
+    beta = np.zeros_like(gamma) if len(layer.weights) == 2 else None
+    dgamma, dbeta = (p if p is None else np.ones_like(p) for p in (gamma, beta))
+    y, dx = np.zeros_like(x), np.zeros_like(x)
+    statistics = np.zeros(layout.statistics_shape(x.shape), "float32")
+
+    def call(function, *arrays):
+        addresses = [array if array is None else array.ctypes.data for array in arrays]
+        # The arrays as defaults, so that they live as long as the function.
+        return lambda arrays=arrays: function(ctypes.addressof(norm), *addresses)
+
+    native = library.load()
+    forward = call(native.normwise_forward, x, gamma, beta, y, statistics)
+    backward = call(native.normwise_backward, x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
+    return {"forward": forward, "forward+backward": lambda: (forward(), backward())}
 
 
 @functools.cache
