@@ -28,9 +28,9 @@ def explain(what, shape, dtype=None, **options) -> dispatch.Choice:
     Example:
 
     >>> import normwise
-    >>> layer = normwise.layers.GroupNormalization(groups=5)
+    >>> layer = normwise.layers.LayerNormalization(axis=1)
     >>> with normwise.use_kernels("composite"):
-    ...     normwise.explain(layer, (32, 26, 26, 10))
+    ...     normwise.explain(layer, (8, 96, 56, 56))
     Choice(kernel='composite', reason="use_kernels('composite') is in force")
     """
     if isinstance(what, keras.layers.Layer) and hasattr(what, "geometry"):
