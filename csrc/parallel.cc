@@ -43,6 +43,12 @@ inline void pause() {
 // longer would take a core from the framework's own pool.
 constexpr int kSpins = 1000;
 
+// For what other threads are about to finish.
+template <class Done>
+void wait_until(const Done& done) {
+  for (int spins = 0; !done(); ++spins) spins < kSpins ? pause() : std::this_thread::yield();
+}
+
 // The tasks of one call. Each thread has a range of neighbouring ones, which it takes in order, and
 // then helps with the ranges of the others. Were neighbours handed to different threads, these
 // would write side by side, and one's cache would fetch ahead what the other is about to write:
@@ -117,9 +123,7 @@ class Pool {
     }
     job.help(0);
     round_.fetch_add(1);  // even: closed. No task is left, but some may still be at work on theirs.
-    for (int spins = 0; inside_.load() > 0; ++spins) {
-      spins < kSpins ? pause() : std::this_thread::yield();
-    }
+    wait_until([&] { return inside_.load() == 0; });
     return true;
   }
 
@@ -191,9 +195,7 @@ class Offer {
   // No one begins after this, and whoever has begun is done.
   void close() {
     state_.fetch_or(kClosed);
-    for (int spins = 0; state_.load() != kClosed; ++spins) {
-      spins < kSpins ? pause() : std::this_thread::yield();
-    }
+    wait_until([&] { return state_.load() == kClosed; });
   }
 
   void release() {
@@ -274,11 +276,9 @@ void use_openmp(void* parallel) {
   openmp.store(reinterpret_cast<OpenMp>(parallel));
 }
 
-Loan::Loan(Schedule schedule, void* pool) : schedule_(schedule), pool_(pool), before_(loan) {
-  loan = this;
-}
+Loan::Loan(Schedule schedule, void* pool) : schedule_(schedule), pool_(pool) { loan = this; }
 
-Loan::~Loan() { loan = before_; }
+Loan::~Loan() { loan = nullptr; }
 
 void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* context) {
   threads = int(std::min<int64_t>(threads, tasks));

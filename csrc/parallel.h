@@ -31,7 +31,6 @@ class Loan {
  private:
   Schedule schedule_;
   void* pool_;
-  const Loan* before_;
 };
 
 // Calls work(context, task) once for every task in [0, tasks), on up to `threads` threads of which

@@ -106,6 +106,18 @@ struct Forward {
   // down.
   enum class From { kNothing, kCentre, kFirst };
 
+  struct Partial {
+    Pack<T> of = {}, of_squares = {};
+
+    void add(Pack<T> d) {
+      of += d;
+      of_squares += d * d;
+    }
+    friend Partial operator+(const Partial& a, const Partial& b) {
+      return {a.of + b.of, a.of_squares + b.of_squares};
+    }
+  };
+
   // The sums over the first members of each row.
   template <From from>
   Sums sums_of(Lanes<T>& centre, int64_t members, const Scratch& scratch) const {
@@ -114,38 +126,24 @@ struct Forward {
     const int lanes = int(members - whole);
     Vec<A> of[kLanes<A>], of_squares[kLanes<A>];
     for (int64_t row = 0; row < rows; ++row, x += batches.stride()) {
-      Pack<T> sum = {}, squares = {};
       if constexpr (from == From::kFirst) centre[row] = first_of(x);
-      const A c = centre[row];
-      const auto deviation = [&](Pack<T> v) -> Pack<T> {
+      const auto deviation = [c = centre[row]](Pack<T> v) -> Pack<T> {
         if constexpr (from == From::kNothing) return v;
         return v - c;
       };
+      Partial sum;
       int64_t i = 0;
       if (whole >= 4 * kPack<T>) {
-        Pack<T> sum_part[4] = {}, squares_part[4] = {};
+        Partial part[4];
         for (; i + 4 * kPack<T> <= whole; i += 4 * kPack<T>) {
-          for (int v = 0; v < 4; ++v) {
-            const Pack<T> d = deviation(load(x + i + v * kPack<T>));
-            if constexpr (from != From::kNothing) sum_part[v] += d;
-            squares_part[v] += d * d;
-          }
+          for (int v = 0; v < 4; ++v) part[v].add(deviation(load(x + i + v * kPack<T>)));
         }
-        sum = (sum_part[0] + sum_part[1]) + (sum_part[2] + sum_part[3]);
-        squares = (squares_part[0] + squares_part[1]) + (squares_part[2] + squares_part[3]);
+        sum = (part[0] + part[1]) + (part[2] + part[3]);
       }
-      for (; i < whole; i += kPack<T>) {
-        const Pack<T> d = deviation(load(x + i));
-        sum += d;
-        squares += d * d;
-      }
-      if (lanes > 0) {
-        const Pack<T> d = keep(deviation(load(x + i, lanes)), lanes);
-        sum += d;
-        squares += d * d;
-      }
-      of[row] = together(sum);
-      of_squares[row] = together(squares);
+      for (; i < whole; i += kPack<T>) sum.add(deviation(load(x + i)));
+      if (lanes > 0) sum.add(keep(deviation(load(x + i, lanes)), lanes));
+      of[row] = together(sum.of);
+      of_squares[row] = together(sum.of_squares);
     }
     for (int64_t row = rows; row < kLanes<A>; ++row) of[row] = of_squares[row] = Vec<A>{};
     return {from == From::kNothing ? Vec<A>{} : sums<A>(of), sums<A>(of_squares)};
@@ -176,9 +174,8 @@ struct Forward {
       // its first that far out, and takes its squares from the mean; its neighbours keep theirs.
       const auto far = deviation * deviation > A(16) * variance;
       if (sum<A>(far ? splat(A(1)) : Vec<A>{}) > 0) {
-        Lanes<T> own = scratch.mean;
-        const Vec<A> squares = sums_of<From::kCentre>(own, batches.members, scratch).of_squares;
-        variance = far ? squares / size - rest * rest : variance;
+        found = sums_of<From::kCentre>(scratch.mean, batches.members, scratch);
+        variance = far ? found.of_squares / size - rest * rest : variance;
       }
     } else {
       Lanes<T> none = {};
