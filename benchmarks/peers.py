@@ -119,17 +119,14 @@ def alone(layer, x, dy, dtype: str) -> dict[str, Callable[[], object]]:
     if library.path() is None:
         return {}
     plan = layer.geometry(x.shape)
-    layout = library.layout(plan)
-    extents = plan.extents, layout.keeps_after, layer.centred
-    options = library.DTYPES[dtype], library.IDENTITY.code, layer.epsilon, library.IDENTITY.slope
-    norm = library.Norm(*extents[0], *extents[1:], *options)
+    norm = library.norm(plan, dtype, epsilon=layer.epsilon, centred=layer.centred)
     if dtype == "bfloat16":
         x, dy = ((array.view("uint32") >> 16).astype("uint16") for array in (x, dy))
     gamma = np.ones(plan.parameter_shape, "float32")
     beta = np.zeros_like(gamma) if len(layer.weights) == 2 else None
     dgamma, dbeta = (p if p is None else np.ones_like(p) for p in (gamma, beta))
     y, dx = np.zeros_like(x), np.zeros_like(x)
-    statistics = np.zeros(layout.statistics_shape(x.shape), "float32")
+    statistics = np.zeros(library.layout(plan).statistics_shape(x.shape), "float32")
 
     def call(function, *arrays):
         addresses = [array if array is None else array.ctypes.data for array in arrays]

@@ -111,9 +111,6 @@ def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
 
 def _spread(parameter, geometry: Geometry):
     """Gamma or beta in the shape that broadcasts against x."""
-    axes, rank = geometry.parameter_axes, len(geometry.shape)
-    if axes == tuple(range(rank - len(axes), rank)):
-        return parameter
     return ops.reshape(parameter, geometry.broadcast_shape(ops.shape(parameter)))
 
 

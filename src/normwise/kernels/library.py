@@ -108,6 +108,26 @@ class Norm(ctypes.Structure):
     )
 
 
+def norm(
+    geometry: Geometry,
+    dtype: str,
+    *,
+    epsilon: float,
+    centred: bool,
+    activation: Activation = IDENTITY,
+) -> Norm:
+    """What the library is told of a norm; the lengths of all axes are known."""
+    return Norm(
+        *geometry.extents,
+        layout(geometry).keeps_after,
+        centred,
+        DTYPES[dtype],
+        activation.code,
+        epsilon,
+        activation.slope,
+    )
+
+
 _NAME = "libnormwise.so"
 
 

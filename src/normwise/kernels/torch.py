@@ -115,17 +115,9 @@ class _Plan:
         self.geometry, self.activation = geometry, activation
         self.options = {"epsilon": epsilon, "centred": centred}
         self.arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-        layout = library.layout(geometry)
-        self.statistics_shape = layout.statistics_shape(geometry.shape)
-        self.norm = library.Norm(
-            *geometry.extents,
-            layout.keeps_after,
-            centred,
-            library.DTYPES[str(dtype).removeprefix("torch.")],
-            activation.code,
-            epsilon,
-            activation.slope,
-        )
+        self.statistics_shape = library.layout(geometry).statistics_shape(geometry.shape)
+        name = str(dtype).removeprefix("torch.")
+        self.norm = library.norm(geometry, name, activation=activation, **self.options)
         self.address = ctypes.addressof(self.norm)
         native = _library()
         self.forward, self.backward = native.normwise_forward, native.normwise_backward
@@ -248,14 +240,9 @@ class _NormGradient(torch.autograd.Function):
             # Views of what has a history, so that gradients of yet higher order find it.
             x, gamma, beta, dy = inputs = [_variable(t) for t in ctx.saved_tensors]
             first = _composite_backward(x, gamma, beta, dy, plan)
-            found = [g for g in first if g is not None]
-            weights = [c for c, g in zip(cotangents, first, strict=True) if g is not None]
-            wanted = [t for t in inputs if t is not None]
-            second = torch.autograd.grad(
-                found, wanted, weights, create_graph=further, materialize_grads=True
-            )
-        second = iter(second)
-        return *(t if t is None else next(second) for t in inputs), None, None
+            options = {"create_graph": further, "materialize_grads": True}
+            second = _gradients(first, inputs, cotangents, **options)
+        return *second, None, None
 
 
 def _composite_backward(x, gamma, beta, dy, plan: _Plan):
@@ -264,8 +251,15 @@ def _composite_backward(x, gamma, beta, dy, plan: _Plan):
         x, gamma, beta = inputs = [_variable(t) for t in (x, gamma, beta)]
         y = composite.normalize(x.to(plan.arithmetic), gamma, beta, plan.geometry, **plan.options)
         y = plan.activation.function(y).to(x.dtype)
-        given = [t for t in inputs if t is not None]
-        found = iter(torch.autograd.grad(y, given, dy, create_graph=True))
+        return _gradients([y], inputs, [dy], create_graph=True)
+
+
+def _gradients(outputs, inputs, cotangents, **options):
+    """torch.autograd.grad, where outputs may be None, and inputs, whose gradients are None too."""
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None]
+    outputs, cotangents = zip(*pairs, strict=True)
+    given = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(outputs, given, cotangents, **options))
     return [t if t is None else next(found) for t in inputs]
 
 
