@@ -12,7 +12,7 @@ from normwise.geometry import Geometry
 def check_epsilon(epsilon) -> float:
     """Return `epsilon` as a float if it can be added to a variance."""
     remedy = "expected a number >= 0, as in epsilon=1e-3"
-    if isinstance(epsilon, bool) or not isinstance(epsilon, numbers.Real):
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (float, numbers.Real)):
         raise TypeError(f"epsilon={epsilon!r} is no number; {remedy}")
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} cannot be added to a variance; {remedy}")
@@ -52,12 +52,13 @@ def check_mask(plan: Geometry, mask):
 
 def check_shapes(plan: Geometry, gamma, beta, mask, learned_epsilon):
     """Check that the tensors that come with the input of a geometry fit it; each may be None."""
+    expected = plan.parameter_shape
     for name, parameter in (("gamma", gamma), ("beta", beta)):
         shape = None if parameter is None else tuple(parameter.shape)
-        if shape is not None and not _fits(shape, plan.parameter_shape):
+        if shape is not None and not _fits(shape, expected):
             raise ValueError(
                 f"{name} has shape {shape}, but axis {list(plan.parameter_axes)} of shape "
-                f"{plan.shape} needs {plan.parameter_shape}"
+                f"{plan.shape} needs {expected}"
             )
     if mask is not None:
         check_mask(plan, mask)

@@ -25,6 +25,9 @@ class Choice:
     reason: str
 
 
+_NATIVE = Choice("native", "the native kernels can take it")
+
+
 def _check_mode(mode, source: str) -> str:
     if mode not in MODES:
         raise ValueError(f"{source}={mode!r} names no kernels; use 'auto', 'native' or 'composite'")
@@ -115,7 +118,7 @@ def choose(
     if obstacle is None and x is not None:
         obstacle = kernels.obstacle(backend)(x)
     if obstacle is None:
-        return Choice("native", "the native kernels can take it")
+        return _NATIVE
     if _mode == "native":
         raise RuntimeError(
             f"use_kernels('native') is in force, but {obstacle}; use_kernels('auto') takes the "

@@ -283,7 +283,7 @@ class _Norm(keras.Operation):
         x = keras.ops.convert_to_tensor(x)
         given, dtype, arithmetic = _dtypes(x, dtype)
         plan = cls.geometry(x.shape, **where)
-        gamma, beta = (_parameter(p, arithmetic) for p in (gamma, beta))
+        gamma, beta = _parameter(gamma, arithmetic), _parameter(beta, arithmetic)
         mask = mask if mask is None else keras.ops.convert_to_tensor(mask)
         learned_epsilon = _parameter(learned_epsilon, arithmetic)
         checks.check_shapes(plan, gamma, beta, mask, learned_epsilon)

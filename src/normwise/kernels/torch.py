@@ -23,7 +23,7 @@ def obstacle(x) -> str | None:
     """Why the native kernels cannot take `x` here and now, or None."""
     if x.device.type not in ("cpu", "meta"):
         return f"the native kernels run on the CPU, and x is on {x.device}"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return "this call is traced, by torch.compile or for an export"
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return f"x is a {type(x).__name__}, which has no memory of its own"
