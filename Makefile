@@ -45,12 +45,16 @@ fuzz: $(VENV)/.dev $(SANITIZED)/fuzz
 	NORMWISE_MUTATIONS=2000 KERAS_BACKEND=$(BACKEND) $(BIN)/python -m pytest --quiet \
 		tests/test_migrate_robustness.py
 
-# Our layers' speed beside their peers', on each backend: tables, build/*.json and a chart.
+# Our layers' speed beside their peers', on each backend: tables, build/*.json and a chart. Memory
+# stays with the process, in huge pages: else glibc hands back large arrays at every call, and page
+# faults make up most of the times, those of one peer in another's too. `make bench KEEP=` times that.
+KEEP = GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:$\
+	glibc.malloc.trim_threshold=4294967296
 bench: $(VENV)/.dev
 	for backend in tensorflow jax torch; do \
-		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/kernels.py \
+		$(KEEP) KERAS_BACKEND=$$backend $(BIN)/python benchmarks/kernels.py \
 			--json build/bench-$$backend.json || exit 1; \
-		KERAS_BACKEND=$$backend $(BIN)/python benchmarks/training.py \
+		$(KEEP) KERAS_BACKEND=$$backend $(BIN)/python benchmarks/training.py \
 			--json build/training-$$backend.json || exit 1; \
 	done
 	$(BIN)/python benchmarks/kernels.py --from build/bench-*.json --chart build/bench.png

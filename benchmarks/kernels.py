@@ -14,7 +14,8 @@ The share of copy speed is the time of a plain copy of as many bytes as the norm
 over normwise's time: forward reads x and writes y, which is one copy of x; backward reads x and dy
 and writes dx, which is one and a half. "kernel alone" is that share for the library's own functions
 called on arrays that exist: what lies between the two is the framework's call, and memory that it
-asks the system for anew.
+asks the system for anew. Both are in the time of "its copy" too, the framework's own of x, and of
+x and dy, which are half a copy less than forward and backward must move.
 """
 
 import argparse
@@ -63,6 +64,9 @@ CASES = [
 # Passes over memory, each as long as x.
 PASSES = {"forward": 2, "forward+backward": 5}
 COPY_PASSES = 2
+
+# These are compared with the layer, the others with `op` where there is one.
+LAYERS = ("composite", "Keras", "Keras XLA", "op")
 
 # Half an ulp of 1. normwise calculates in float32 and rounds once; a peer may calculate in the
 # dtype itself, and Keras's float32 sums lose 17 roundings at 4,096 positions.
@@ -167,6 +171,7 @@ def measure(case: Case, dtype: str, seconds: float):
     x, dy = problem.x, problem.dy
     x_bytes = math.prod(case.shape) * (2 if dtype == "bfloat16" else 4)
     copies = peers.copies(x_bytes)
+    timed = right | {"its copy": peers.framework_copy()}
     arrays = (frameworks.to_numpy(tensor) for tensor in (x, dy))
     alone = peers.alone(problem.layers[0], *arrays, dtype)
     for direction, passes in PASSES.items():
@@ -174,7 +179,7 @@ def measure(case: Case, dtype: str, seconds: float):
             name: functools.partial(peer.forward, x)
             if direction == "forward"
             else functools.partial(peer.train, x, dy)
-            for name, peer in right.items()
+            for name, peer in timed.items()
         }
         kernel = {"kernel": alone[direction]} if alone else {}
         ms = measuring.medians_ms(calls | copies | kernel, seconds)
@@ -194,7 +199,7 @@ def measure(case: Case, dtype: str, seconds: float):
             "ms": ms,
             "copy_ms": copy_ms,
             "ratios": {
-                name: ms[name] / (ours_ms if name == "torch" else ms["normwise"])
+                name: ms[name] / (ms["normwise"] if name in LAYERS else ours_ms)
                 for name in ms
                 if name != "normwise"
             },

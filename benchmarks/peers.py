@@ -1,7 +1,7 @@
 """Who is timed on a case: normwise, its composite, Keras's layer, torch's function, and a copy.
 
-Every peer but the copy is a pair of functions on tensors of the backend in use: one forward, and
-one that goes forward and back as training does.
+Every peer is a pair of functions on tensors of the backend in use: one forward, and one that goes
+forward and back as training does. Beside them there are copies of as many bytes.
 """
 
 import concurrent.futures
@@ -106,6 +106,34 @@ def copies(byte_count: int) -> dict[str, Callable[[], object]]:
         concurrent.futures.wait(others)
 
     return {"copy, one thread": lambda: np.copyto(target, source), "copy, all threads": parallel}
+
+
+def framework_copy() -> Peer:
+    """The framework's own copies of x, and of x and dy, called as a layer is.
+
+    What it takes beyond the time of `copies` is the framework's call, and memory that the framework
+    asks the system for anew: no layer that returns a new tensor is spared these.
+    """
+    if BACKEND == "jax":
+        import jax
+
+        copy = jax.jit(lambda *tensors: [jax.numpy.copy(tensor) for tensor in tensors])
+
+        def run(*tensors):
+            return jax.block_until_ready(copy(*tensors))
+
+    elif BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        run = tf.function(
+            lambda *tensors: [tf.raw_ops.DeepCopy(x=tensor) for tensor in tensors], autograph=False
+        )
+    else:
+
+        def run(*tensors):
+            return [tensor.clone() for tensor in tensors]
+
+    return Peer(run, run)
 
 
 def alone(layer, x, dy, dtype: str) -> dict[str, Callable[[], object]]:
