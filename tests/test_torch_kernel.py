@@ -310,6 +310,16 @@ def test_a_meta_tensor_has_a_shape_and_no_values(plan):
 
 
 @few_geometries
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_a_parameter_on_another_device_is_refused(plan, name):
+    """The kernel would read its address there as one of the CPU's, or take it for none."""
+    x = torch.ones(plan.shape)
+    parameters = {"gamma": None, "beta": None, name: torch.ones(plan.parameter_shape).to("meta")}
+    with pytest.raises(ValueError, match=rf"{name} is on meta.*x on cpu.*{name}\.to\(x\.device\)"):
+        native(plan)(x, parameters["gamma"], parameters["beta"])
+
+
+@few_geometries
 def test_another_default_device_changes_nothing(plan):
     """The statistics belong where x is: the kernel once wrote them to address 0."""
     arrays, dy = operands(plan)

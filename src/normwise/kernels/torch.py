@@ -65,8 +65,7 @@ def normalize(
     if moved:
         x, geometry = x.movedim(1, -1), _moved(geometry)
     x = x.contiguous()
-    gamma = gamma if gamma is None else gamma.contiguous()
-    beta = beta if beta is None else beta.contiguous()
+    gamma, beta = _beside(x, "gamma", gamma), _beside(x, "beta", beta)
     plan = _plan(geometry, x.dtype, epsilon, centred, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma, beta)):
         y = _Norm.apply(x, gamma, beta, plan)
@@ -147,6 +146,18 @@ def _moved(geometry: Geometry) -> Geometry:
     if "groups" in geometry.per:
         return geometries.group(shape, -1, geometry.groups)
     return geometries.layer(shape, -1)
+
+
+def _beside(x, name: str, parameter):
+    """Gamma or beta in one piece, if it is where x is: the kernels are given its address."""
+    if parameter is None:
+        return None
+    if parameter.device != x.device:
+        raise ValueError(
+            f"{name} is on {parameter.device}, and x on {x.device}; move one to the other, as in "
+            f"{name}.to(x.device)"
+        )
+    return parameter.contiguous()
 
 
 def _is_channels_last(x) -> bool:
