@@ -102,9 +102,9 @@ struct Forward {
     Vec<A> of, of_squares;
   };
 
-  // From what d is: nothing, a centre for each row, or the row's first element, which is noted
-  // down.
-  enum class From { kNothing, kCentre, kFirst };
+  // From what d is: nothing, a centre for each row, or the mean of a few of its elements, which is
+  // noted down.
+  enum class From { kNothing, kCentre, kFew };
 
   struct Partial {
     Pack<T> of = {}, of_squares = {};
@@ -118,15 +118,31 @@ struct Forward {
     }
   };
 
-  // The sums over the first members of each row.
+  // Of the first four elements, whose mean is half as far out as one; quarters do not overflow.
+  A mean_of_few(const T* x) const {
+    const int64_t apart = batches.members >= 4 ? 1 : 0;
+    const A quarter = A(0.25);
+    return (quarter * first_of(x) + quarter * first_of(x + apart)) +
+           (quarter * first_of(x + 2 * apart) + quarter * first_of(x + 3 * apart));
+  }
+
+  // Which rows: -1 in their lanes.
+  using Chosen = Vec<IntOf<A>>;
+
+  // The sums over the first members of each row that is chosen, 0 for the others.
   template <From from>
-  Sums sums_of(Lanes<T>& centre, int64_t members, const Scratch& scratch) const {
+  Sums sums_of(Lanes<T>& centre, int64_t members, const Scratch& scratch,
+               const Chosen& chosen = ~Chosen{}) const {
     const T* x = tensors.x + scratch.place.offset;
     const int64_t rows = scratch.place.rows, whole = members / kPack<T> * kPack<T>;
     const int lanes = int(members - whole);
     Vec<A> of[kLanes<A>], of_squares[kLanes<A>];
     for (int64_t row = 0; row < rows; ++row, x += batches.stride()) {
-      if constexpr (from == From::kFirst) centre[row] = first_of(x);
+      if (chosen[row] == 0) {
+        of[row] = of_squares[row] = Vec<A>{};
+        continue;
+      }
+      if constexpr (from == From::kFew) centre[row] = mean_of_few(x);
       const auto deviation = [c = centre[row]](Pack<T> v) -> Pack<T> {
         if constexpr (from == From::kNothing) return v;
         return v - c;
@@ -153,28 +169,29 @@ struct Forward {
     const A size = A(batches.members);
     Vec<A> rest = {}, variance;
     if (tensors.norm.centred) {
-      // The centre is the first element, or if there are many the mean of some, found so: equal
-      // elements have exactly their own mean, and no sum grows with it.
+      // The centre is the mean of a few elements, or if there are many that of some, found so:
+      // equal elements have exactly their own mean, and no sum grows with it.
       Lanes<T> centre = {};
       constexpr int64_t kSome = 4 * kPack<T>;
       Sums found;
       if (batches.members > 4 * kSome) {
-        const Vec<A> some = sums_of<From::kFirst>(centre, kSome, scratch).of / A(kSome);
+        const Vec<A> some = sums_of<From::kFew>(centre, kSome, scratch).of / A(kSome);
         centre = Vec<A>(centre) + some;
         found = sums_of<From::kCentre>(centre, batches.members, scratch);
       } else {
-        found = sums_of<From::kFirst>(centre, batches.members, scratch);
+        found = sums_of<From::kFew>(centre, batches.members, scratch);
       }
       const Vec<A> deviation = found.of / size;
       const Vec<A> mean = Vec<A>(centre) + deviation;
       scratch.mean = mean;
       rest = deviation - (mean - Vec<A>(centre));  // what the mean lost when it was rounded
       variance = found.of_squares / size - deviation * deviation;
-      // The difference has so many times its own roundings. One row of 16,000 of normal numbers has
-      // its first that far out, and takes its squares from the mean; its neighbours keep theirs.
-      const auto far = deviation * deviation > A(16) * variance;
+      // The difference has the more roundings the farther out the centre lies, and so has the mean.
+      // One row of 200 of normal numbers has one that far out, and is summed up from its mean.
+      const Chosen far = deviation * deviation > A(2) * variance;
       if (sum<A>(far ? splat(A(1)) : Vec<A>{}) > 0) {
-        found = sums_of<From::kCentre>(scratch.mean, batches.members, scratch);
+        found = sums_of<From::kCentre>(scratch.mean, batches.members, scratch, far);
+        rest = far ? found.of / size : rest;
         variance = far ? found.of_squares / size - rest * rest : variance;
       }
     } else {
