@@ -4,12 +4,14 @@
 //
 // Every array is allocated to its exact length, so that an address sanitizer sees each element read
 // or written too many. A failure prints the case and ends the program with status 1.
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -510,11 +512,33 @@ class Pool {
   vector<std::thread> threads_;
 };
 
+// A task that throws ends its call, neither the process nor the next call.
+void check_failure() {
+  for (int64_t failing = 0; failing < 64; ++failing) {
+    bool caught = false;
+    try {
+      normwise::parallel_for(4, 64, [=](int64_t task) {
+        if (task == failing) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    std::atomic<int> done{0};
+    normwise::parallel_for(4, 64, [&](int64_t) { ++done; });
+    if (!caught || done != 64) {
+      std::printf("task %d threw: caught %d, the next call did %d tasks of 64\n", int(failing),
+                  caught, done.load());
+      std::exit(1);
+    }
+  }
+}
+
 void check_loan(uint64_t seed) {
   Source source(seed);
   Pool pool;
   const normwise::Loan loan(Pool::schedule, &pool);
   for (int i = 0; i < 40; ++i) check(source.draw());
+  check_failure();
 }
 
 }  // namespace
@@ -534,6 +558,7 @@ int main(int argc, char** argv) {
     ++cases;
   }
   check_concurrency(seed);
+  check_failure();
   check_loan(seed);
   std::printf("%lld cases passed\n", static_cast<long long>(cases));
 }

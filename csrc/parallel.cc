@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <condition_variable>
 #include <cstdlib>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -63,16 +64,26 @@ class Job {
     for (int range = 0; range < ranges_; ++range) next_[range].task = begin(range);
   }
 
-  // Helps until no task is left; `self` tells the threads apart.
-  void help(int self) {
-    for (int i = 0; i < ranges_; ++i) {
-      const int range = (self + i) % ranges_;
-      for (;;) {
-        const int64_t task = next_[range].task.fetch_add(1, std::memory_order_relaxed);
-        if (task >= begin(range + 1)) break;
-        work_(context_, task);
+  // Helps until no task is left; `self` tells the threads apart. A task may run out of memory, and
+  // on most threads no one would catch that: it is kept for the caller.
+  void help(int self) noexcept {
+    try {
+      for (int i = 0; i < ranges_; ++i) {
+        const int range = (self + i) % ranges_;
+        for (;;) {
+          const int64_t task = next_[range].task.fetch_add(1, std::memory_order_relaxed);
+          if (task >= begin(range + 1)) break;
+          work_(context_, task);
+        }
       }
+    } catch (...) {
+      if (!failed_.test_and_set()) failure_ = std::current_exception();
     }
+  }
+
+  // Throws what a task threw, once all who helped are done.
+  void rethrow() const {
+    if (failure_ != nullptr) std::rethrow_exception(failure_);
   }
 
  private:
@@ -86,6 +97,8 @@ class Job {
   int ranges_;
   void (*work_)(void*, int64_t);
   void* context_;
+  std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
+  std::exception_ptr failure_;
   Next next_[kMostRanges];
 };
 
@@ -290,6 +303,7 @@ void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* c
   } else if (!the_pool()->run(job, threads)) {
     job.help(0);
   }
+  job.rethrow();
 }
 
 }  // namespace normwise
