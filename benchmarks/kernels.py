@@ -1,7 +1,7 @@
 """Time normwise's layers against every other way to the same norm, on the Keras backend in use.
 
     KERAS_BACKEND=jax python benchmarks/kernels.py [--json FILE] [--chart FILE.png]
-    python benchmarks/kernels.py --from build/bench-*.json --chart FILE.png
+    python benchmarks/kernels.py --from build/kernels-*.json --chart FILE.png
 
 Every peer is first held against the float64 reference, output and gradients, by the very functions
 that are timed after. Then all run in one process, in random order, again and again. Ratios are of

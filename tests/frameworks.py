@@ -1,11 +1,19 @@
 """What tests need of a framework and Keras does not wrap: gradients, compilation, float64."""
 
 import contextlib
+import shutil
 
 import keras
 import numpy as np
+import pytest
 
 BACKEND = keras.backend.backend()
+
+
+def skip_without_compiler(jit_compile):
+    """Skip a test of torch.compile where its Inductor finds no C++ compiler."""
+    if BACKEND == "torch" and jit_compile and shutil.which("c++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
 
 
 def to_numpy(tensor):

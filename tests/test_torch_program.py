@@ -11,7 +11,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from frameworks import assert_within, to_numpy
+from frameworks import assert_within, skip_without_compiler, to_numpy
 
 from normwise import layers, ops
 from normwise.kernels import library
@@ -118,6 +118,26 @@ def model():
             layers.LayerNormalization(),
         ]
     )
+
+
+# torch.compile warns of its own imports, and of tensors that it looks at.
+@pytest.mark.filterwarnings("ignore")
+def test_torch_compile_trains_as_eager():
+    skip_without_compiler(jit_compile=True)
+    x = np.random.default_rng(0).normal(size=(6, 5, 6)).astype("float32")
+
+    def trained(jit_compile):
+        made = model()
+        made.compile("sgd", "mse", jit_compile=jit_compile)
+        before = made.get_weights()
+        made.fit(x, x[..., :4], batch_size=2, epochs=3, shuffle=False, verbose=0)
+        return before, made.get_weights()
+
+    before, eager = trained(jit_compile=False)
+    _, compiled = trained(jit_compile=True)
+    for old, one, other in zip(before, eager, compiled, strict=True):
+        assert np.abs(one - old).max() > 1e-4
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,19 @@
 
 import contextlib
 import copy
-import shutil
 
 import keras
 import numpy as np
 import pytest
-from frameworks import BACKEND, assert_within, compiled, float64_enabled, gradients, to_numpy
+from frameworks import (
+    BACKEND,
+    assert_within,
+    compiled,
+    float64_enabled,
+    gradients,
+    skip_without_compiler,
+    to_numpy,
+)
 
 from normwise.layers import SpectralNormalization, WeightNormalization
 
@@ -269,8 +276,7 @@ def test_related_layers(kind):
 @both
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_fit_save_reload_and_remove(wrapper, jit_compile, tmp_path):
-    if BACKEND == "torch" and jit_compile and shutil.which("c++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
+    skip_without_compiler(jit_compile)
     options = {"data_init": True} if wrapper is WeightNormalization else {}
     first = wrapper(keras.layers.Conv1D(4, 2, activation="relu"), name="first", **options)
     last = wrapper(keras.layers.Dense(2), name="last", **options)

@@ -321,7 +321,7 @@ def _as_shape(shape: Iterable[int | None], axes: Iterable[int] = ()) -> Shape:
     are as fixed as a weight; the others stay open.
     """
     shape = tuple(shape)
-    if {*map(type, shape)} != {int}:
+    if not all(type(e) is int for e in shape):
         fixed = {axis + len(shape) if axis < 0 else axis for axis in axes}
         shape = tuple(
             int(e)

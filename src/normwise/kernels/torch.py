@@ -7,6 +7,7 @@ export) see keras.ops or torch's own norms instead, which Inductor fuses and eve
 
 import ctypes
 import functools
+import sys
 
 import torch
 
@@ -23,7 +24,7 @@ def obstacle(x) -> str | None:
     """Why the native kernels cannot take `x` here and now, or None."""
     if x.device.type not in ("cpu", "meta"):
         return f"the native kernels run on the CPU, and x is on {x.device}"
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "this call is traced, by torch.compile or for an export"
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return f"x is a {type(x).__name__}, which has no memory of its own"
@@ -126,7 +127,7 @@ class _Plan:
 def _library():
     """The library, on the threads that torch's own functions run on where those are OpenMP's."""
     native = library.load()
-    if "OpenMP" in torch.__config__.parallel_info():
+    if sys.platform != "win32" and "OpenMP" in torch.__config__.parallel_info():
         # Where torch's OpenMP is not GCC's the name may be missing, and the library's pool serves.
         parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
         if parallel is not None:
