@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import warnings
 
 import keras
 import numpy as np
@@ -10,10 +11,15 @@ import pytest
 BACKEND = keras.backend.backend()
 
 
-def skip_without_compiler(jit_compile):
-    """Skip a test of torch.compile where its Inductor finds no C++ compiler."""
-    if BACKEND == "torch" and jit_compile and shutil.which("c++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
+def allow_torch_compile(jit_compile):
+    """Let the rest of a test use torch.compile, if it will, or skip it for want of a C++ compiler.
+
+    Its warnings are ignored: of its own imports, and of tensors that it looks at.
+    """
+    if BACKEND == "torch" and jit_compile:
+        if shutil.which("c++") is None:
+            pytest.skip("torch.compile needs a C++ compiler")
+        warnings.simplefilter("ignore")  # pytest takes it back after the test
 
 
 def to_numpy(tensor):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from frameworks import (
     BACKEND,
+    allow_torch_compile,
     assert_within,
     compiled,
     float64_enabled,
-    skip_without_compiler,
     to_numpy,
 )
 from norms import NORMS, every_norm, expected, randomize, samples
@@ -222,13 +222,11 @@ def test_tensorflow_graph_of_unknown_extents(norm, axis, jit_compile):
     assert_within(function(samples(shape)).numpy(), right.y, right.y_tolerance(EPS))
 
 
-# torch.compile warns of its own imports, and of tensors that it looks at.
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "jit_compile"), [*((name, True) for name in NORMS), ("group", False), ("layer", False)]
 )
 def test_fit_moves_every_weight(name, jit_compile):
-    skip_without_compiler(jit_compile)
+    allow_torch_compile(jit_compile)
     layer = NORMS[name].make()
     model = keras.Sequential([keras.Input((None, 6)), layer, keras.layers.Dense(1)])
     model.compile("adam", "mse", jit_compile=jit_compile)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from frameworks import (
     BACKEND,
+    allow_torch_compile,
     assert_within,
     compiled,
     float64_enabled,
     gradients,
-    skip_without_compiler,
     to_numpy,
 )
 from norms import expected, randomize, samples
@@ -143,11 +143,9 @@ def test_stateless_call_compiled(learned):
     assert_within(to_numpy(y), np.tanh(expected(made, samples()).y), 1e-5)
 
 
-# torch.compile warns of its own imports, and of tensors that it looks at.
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_fit_moves_every_weight(jit_compile):
-    skip_without_compiler(jit_compile)
+    allow_torch_compile(jit_compile)
     made = [layer(learned_epsilon=True), TLU(affine=True)]
     model = keras.Sequential([keras.Input((5, 6)), *made, keras.layers.Dense(1)])
     model.compile("adam", "mse", jit_compile=jit_compile)

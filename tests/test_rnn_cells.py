@@ -8,7 +8,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from frameworks import assert_within, skip_without_compiler, to_numpy
+from frameworks import allow_torch_compile, assert_within, to_numpy
 from recurrent import (
     FEATURES,
     MASK,
@@ -199,11 +199,9 @@ def stacked_model(rates=None):
     )
 
 
-# torch.compile warns of its own imports, and of tensors that it looks at.
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_fit_moves_every_weight(jit_compile):
-    skip_without_compiler(jit_compile)
+    allow_torch_compile(jit_compile)
     keras.utils.set_random_seed(1)
     model = stacked_model({**RATES, "seed": 3})
     model.compile("adam", "mse", jit_compile=jit_compile)

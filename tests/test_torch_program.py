@@ -11,7 +11,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from frameworks import assert_within, skip_without_compiler, to_numpy
+from frameworks import allow_torch_compile, assert_within, to_numpy
 
 from normwise import layers, ops
 from normwise.kernels import library
@@ -120,10 +120,8 @@ def model():
     )
 
 
-# torch.compile warns of its own imports, and of tensors that it looks at.
-@pytest.mark.filterwarnings("ignore")
 def test_torch_compile_trains_as_eager():
-    skip_without_compiler(jit_compile=True)
+    allow_torch_compile(jit_compile=True)
     x = np.random.default_rng(0).normal(size=(6, 5, 6)).astype("float32")
 
     def trained(jit_compile):

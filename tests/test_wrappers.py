@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from frameworks import (
     BACKEND,
+    allow_torch_compile,
     assert_within,
     compiled,
     float64_enabled,
     gradients,
-    skip_without_compiler,
     to_numpy,
 )
 
@@ -271,12 +271,10 @@ def test_related_layers(kind):
     assert [tuple(u.shape) for u in us] == columns
 
 
-# torch.compile warns of its own imports, and of tensors that it looks at.
-@pytest.mark.filterwarnings("ignore")
 @both
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_fit_save_reload_and_remove(wrapper, jit_compile, tmp_path):
-    skip_without_compiler(jit_compile)
+    allow_torch_compile(jit_compile)
     options = {"data_init": True} if wrapper is WeightNormalization else {}
     first = wrapper(keras.layers.Conv1D(4, 2, activation="relu"), name="first", **options)
     last = wrapper(keras.layers.Dense(2), name="last", **options)
