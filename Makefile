@@ -53,14 +53,12 @@ fuzz: $(VENV)/.dev $(FUZZ)
 # Our layers' speed beside their peers' on each backend: tables, build/*.json, README.md's chart. Memory
 # stays with the process, in huge pages: else glibc hands back large arrays at every call, and page
 # faults make up most of the times, those of one peer in another's too. `make bench KEEP=` times that.
-# TensorFlow keeps its memory by itself.
 KEEP = GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:$\
 	glibc.malloc.trim_threshold=4294967296
 bench: $(VENV)/.dev
 	for backend in tensorflow jax torch; do \
-		if [ $$backend = tensorflow ]; then keep=; else keep="$(KEEP)"; fi; \
 		for what in kernels training; do \
-			env $$keep KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py \
+			env $(KEEP) KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py \
 				--json build/$$what-$$backend.json || exit 1; \
 		done; \
 	done

@@ -86,6 +86,7 @@ struct Parameters {
 template <class T>
 NORMWISE_INLINE ArithmeticOf<T> first_of(const T* x) {
   if constexpr (std::is_same_v<T, ArithmeticOf<T>>) return *x;
+  // Of bfloat16 without the masked load, which rows of a few elements would notice.
   if constexpr (std::is_same_v<T, BFloat16>) return bit_cast<float>(uint32_t(x->bits) << 16);
   return load(x, 1).v[0][0];
 }

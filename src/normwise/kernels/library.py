@@ -169,7 +169,7 @@ def missing() -> str | None:
     if path() is not None:
         return None
     return (
-        "the native library was not built, for want of a C++ compiler or because that failed; "
+        "the native library was not built, for want of a C++ compiler or because compiling failed; "
         "install one (g++, clang++) and then normwise again, with pip's --force-reinstall --verbose"
     )
 
