@@ -405,9 +405,12 @@ np.savez(sys.argv[2], *model.get_weights(), model.predict(x, batch_size=8, verbo
 
 
 def test_keras_data_parallel_trains_as_one_device(tmp_path):
+    """And gathers no activations: each device normalizes its part of the batch."""
+    programs = tmp_path / "programs"
+
     def trained(devices):
         file = tmp_path / f"{devices}.npz"
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_dump_to={programs}"
         subprocess.run(
             [sys.executable, "-c", DATA_PARALLEL, str(devices), str(file)],
             env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
@@ -417,6 +420,14 @@ def test_keras_data_parallel_trains_as_one_device(tmp_path):
 
     for one, four in zip(trained(1), trained(4), strict=True):
         assert_within(four, one, 1e-5 * (1 + np.abs(one)), "trained on four devices")
+    texts = [file.read_text() for file in programs.glob("*train_step*after_optimizations.txt")]
+    steps = [text for text in texts if "num_partitions=4" in text]
+    assert steps
+    for text in steps:
+        assert "normwise" in text
+        assert "all-reduce" in text
+        assert "all-gather" not in text
+        assert "all-to-all" not in text
 
 
 THREADS = """
