@@ -5,7 +5,6 @@ forward and back as training does. Beside them there are copies of as many bytes
 """
 
 import concurrent.futures
-import ctypes
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -15,7 +14,8 @@ import measuring
 import numpy as np
 
 import normwise
-from normwise.kernels import library
+from normwise.kernels import cpu, library
+from normwise.norm import Norm
 
 BACKEND = keras.backend.backend()
 OURS = ("normwise", "composite", "op")
@@ -146,24 +146,22 @@ def alone(layer, x, dy, dtype: str) -> dict[str, Callable[[], object]]:
     """
     if library.path() is None:
         return {}
-    plan = layer.geometry(x.shape)
-    norm = library.norm(plan, dtype, epsilon=layer.epsilon, centred=layer.centred)
+    norm = Norm(layer.geometry(x.shape), dtype, dtype, layer.epsilon, layer.subtract_mean)
     if dtype == "bfloat16":
         x, dy = ((array.view("uint32") >> 16).astype("uint16") for array in (x, dy))
-    gamma = np.ones(plan.parameter_shape, "float32")
+    gamma = np.ones(norm.geometry.parameter_shape, "float32")
     beta = np.zeros_like(gamma) if len(layer.weights) == 2 else None
     dgamma, dbeta = (p if p is None else np.ones_like(p) for p in (gamma, beta))
     y, dx = np.zeros_like(x), np.zeros_like(x)
-    statistics = np.zeros(library.layout(plan).statistics_shape(x.shape), "float32")
+    statistics = np.zeros(norm.geometry.statistics_shape(x.shape), "float32")
 
-    def call(function, *arrays):
+    def call(engines_pass, *arrays):
         addresses = [array if array is None else array.ctypes.data for array in arrays]
         # The arrays as defaults, so that they live as long as the function.
-        return lambda arrays=arrays: function(ctypes.addressof(norm), *addresses)
+        return lambda arrays=arrays: engines_pass(norm, *addresses)
 
-    native = library.load()
-    forward = call(native.normwise_forward, x, gamma, beta, y, statistics)
-    backward = call(native.normwise_backward, x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
+    forward = call(cpu.forward, x, gamma, beta, y, statistics)
+    backward = call(cpu.backward, x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
     return {"forward": forward, "forward+backward": lambda: (forward(), backward())}
 
 

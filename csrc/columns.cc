@@ -19,7 +19,7 @@ struct Lines {
 
   int64_t channels, rows_per_line, columns, lines, tail, lines_per_piece;
 
-  explicit Lines(const NormwiseNorm& norm) : channels(norm.groups * norm.members) {
+  explicit Lines(const Norm& norm) : channels(norm.groups * norm.members) {
     // Four packs at least, whose sums do not wait for each other; whole packs unless there are
     // many.
     const auto fits = [&] {
@@ -72,7 +72,7 @@ struct Lines {
   }
 };
 
-Split split_columns(const NormwiseNorm& norm, int64_t pieces) {
+Split split_columns(const Norm& norm, int64_t pieces) {
   const int64_t unit_elements = norm.before * norm.groups * norm.members;
   const int64_t least = std::max<int64_t>(1, kElementsPerThread / unit_elements);
   return {norm.outer, pieces, unit_elements, std::max((norm.outer + 63) / 64, least)};
@@ -93,7 +93,7 @@ class Window {
  public:
   using A = ArithmeticOf<T>;
 
-  Window(const Lines<T>& shape, const NormwiseNorm& norm, int64_t first)
+  Window(const Lines<T>& shape, const Norm& norm, int64_t first)
       : shape_(shape), first_(first), group_(first / norm.members) {
     const int64_t whole_groups = kWindow / norm.members * norm.members;
     const int64_t rest_of_group = (group_ + 1) * norm.members - first;
@@ -202,7 +202,7 @@ struct Forward {
   // Block by block, each read once: what is summed up are the deviations from the mean so far.
   void gather(int64_t unit, int64_t piece, int64_t, Scratch& scratch) const {
     const T* x = tensors.x + unit * split.unit_elements;
-    const bool centred = tensors.norm.centred != 0;
+    const bool centred = tensors.norm.subtract_mean;
     const int64_t end = shape.begin(piece) + shape.count(piece);
     for (int64_t first = 0; first < shape.columns;) {
       Window<T> window(shape, tensors.norm, first);
@@ -227,7 +227,7 @@ struct Forward {
   }
 
   void settle(int64_t unit, int64_t, Scratch& scratch) const {
-    const NormwiseNorm& norm = tensors.norm;
+    const Norm& norm = tensors.norm;
     const int64_t groups = norm.groups;
     double *means = scratch.means.data(), *squares = scratch.squares.data();
     double count = double(shape.rows(0) * norm.members);
@@ -386,7 +386,7 @@ struct Backward {
   }
 
   void settle(int64_t unit, int64_t chunk, Scratch& scratch) const {
-    const NormwiseNorm& norm = tensors.norm;
+    const Norm& norm = tensors.norm;
     const A* statistics = tensors.statistics + unit * 2 * norm.groups;
     const double size = double(norm.before * norm.members);
     for (int64_t group = 0; group < norm.groups; ++group) {
@@ -408,7 +408,7 @@ struct Backward {
         g_sum += gamma * dz;
         gx_sum += gamma * dzx;
       }
-      const A offset = norm.centred ? A(inv_std * g_sum / size) : A(0);
+      const A offset = norm.subtract_mean ? A(inv_std * g_sum / size) : A(0);
       for (int64_t i = begin; i < end; ++i) {
         const size_t channel = size_t(i);
         scratch.factor[channel] = A(inv_std) * tensors.gamma_at(i);

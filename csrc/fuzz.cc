@@ -17,10 +17,13 @@
 #include <thread>
 #include <vector>
 
+#include "call.h"
 #include "normwise.h"
 #include "parallel.h"
 
 namespace {
+
+using normwise::Norm;
 
 using std::vector;
 
@@ -117,7 +120,7 @@ class Array {
   void* memory_;
 };
 
-double activate(const NormwiseNorm& norm, double z, double* derivative) {
+double activate(const Norm& norm, double z, double* derivative) {
   const double s = 1 / (1 + std::exp(-z)), k = std::sqrt(2 / M_PI);
   switch (norm.activation) {
     case NORMWISE_LEAKY_RELU:
@@ -149,19 +152,18 @@ double activate(const NormwiseNorm& norm, double z, double* derivative) {
 }
 
 struct Case {
-  NormwiseNorm norm;
+  Norm norm;
+  int32_t threads;
   bool has_gamma, has_beta;
   double mean, spread;
   uint64_t seed;
 
   int64_t kept() const { return norm.keeps_after ? norm.after : norm.groups; }
-  int64_t size() const {
-    return norm.outer * norm.before * norm.groups * norm.members * norm.after;
-  }
+  int64_t size() const { return norm.elements(); }
   int64_t set_size() const {
     return norm.keeps_after ? norm.members : norm.before * norm.members * norm.after;
   }
-  int64_t channels() const { return norm.groups * norm.members; }
+  int64_t channels() const { return norm.channels(); }
   int64_t channel(int64_t i) const { return i / norm.after % channels(); }
   int64_t set(int64_t i) const {
     const int64_t outer = i / (size() / norm.outer);
@@ -205,23 +207,57 @@ struct Inputs {
 void calculate(const Case& c, Inputs& in, Result& out) {
   void *gamma = c.has_gamma ? in.gamma.data() : nullptr,
        *beta = c.has_beta ? in.beta.data() : nullptr;
-  normwise_forward(&c.norm, in.x.data(), gamma, beta, out.y.data(), out.statistics.data());
-  normwise_backward(&c.norm, in.x.data(), gamma, beta, out.statistics.data(), in.dy.data(),
-                    out.dx.data(), out.dgamma.data(), out.dbeta.data());
+  const Norm& n = c.norm;
+  // Keeping after, a norm has no before, and not even axes of it.
+  const bool kept = n.keeps_after;
+  const int64_t with_before[] = {n.outer, n.before, n.channels(), n.after};
+  const int64_t without_before[] = {n.outer, n.channels(), n.after};
+  NormwiseNorm norm = {};
+  norm.size = sizeof norm;
+  norm.outer_end = 1;
+  norm.before_end = kept ? 1 : 2;
+  norm.channels_end = kept ? 2 : 3;
+  norm.keeps_after = kept;
+  norm.groups = n.groups;
+  norm.subtract_mean = n.subtract_mean;
+  norm.activation = n.activation;
+  norm.epsilon = n.epsilon;
+  norm.slope = n.slope;
+  NormwiseOperands operands = {};
+  operands.size = sizeof operands;
+  operands.extents = kept ? without_before : with_before;
+  operands.rank = kept ? 3 : 4;
+  operands.dtype = n.dtype;
+  operands.threads = c.threads;
+  operands.x = in.x.data();
+  operands.gamma = gamma;
+  operands.beta = beta;
+  operands.y = out.y.data();
+  operands.statistics = out.statistics.data();
+  const int32_t forward = normwise_forward(&norm, &operands);
+  operands.dy = in.dy.data();
+  operands.dx = out.dx.data();
+  operands.dgamma = out.dgamma.data();
+  operands.dbeta = out.dbeta.data();
+  if (forward != NORMWISE_OK || normwise_backward(&norm, &operands) != NORMWISE_OK) {
+    std::printf("a call failed: %s\n", normwise_message());
+    std::exit(1);
+  }
 }
 
 [[noreturn]] void fail(const Case& c, const char* what, int64_t index, double got, double expected,
                        double tolerance) {
-  const NormwiseNorm& n = c.norm;
+  const Norm& n = c.norm;
   std::printf(
       "FAILED %s[%lld]: %.9g, expected %.9g +- %.3g\n"
-      "  shape (%lld, %lld, %lld, %lld, %lld) keeps_after %d centred %d dtype %d activation %d\n"
+      "  shape (%lld, %lld, %lld, %lld, %lld) keeps_after %d subtract_mean %d dtype %d activation "
+      "%d\n"
       "  epsilon %g slope %g threads %d gamma %d beta %d mean %g spread %g seed %llu on %s\n",
       what, static_cast<long long>(index), got, expected, tolerance,
       static_cast<long long>(n.outer), static_cast<long long>(n.before),
       static_cast<long long>(n.groups), static_cast<long long>(n.members),
-      static_cast<long long>(n.after), n.keeps_after, n.centred, n.dtype, n.activation, n.epsilon,
-      n.slope, n.threads, c.has_gamma, c.has_beta, c.mean, c.spread,
+      static_cast<long long>(n.after), n.keeps_after, n.subtract_mean, n.dtype, n.activation,
+      n.epsilon, n.slope, c.threads, c.has_gamma, c.has_beta, c.mean, c.spread,
       static_cast<unsigned long long>(c.seed), normwise_instructions());
   std::exit(1);
 }
@@ -236,7 +272,7 @@ void check(const Case& c) {
   Result out(c);
   calculate(c, in, out);
 
-  const NormwiseNorm& norm = c.norm;
+  const Norm& norm = c.norm;
   const int64_t sets = norm.outer * c.kept(), channels = c.channels();
   const double count = double(std::max<int64_t>(1, c.set_size()));
   const auto gamma = [&](int64_t i) { return c.has_gamma ? in.gamma[c.channel(i)] : 1; };
@@ -244,7 +280,7 @@ void check(const Case& c) {
 
   // Sums in extended precision: those of the kernels in float64 are to be judged by them.
   vector<long double> mean(size_t(sets), 0.0L), inv_std(size_t(sets), 0.0L);
-  if (norm.centred) {
+  if (norm.subtract_mean) {
     for (int64_t i = 0; i < c.size(); ++i) mean[size_t(c.set(i))] += (long double)(in.x[i]) / count;
   }
   for (int64_t i = 0; i < c.size(); ++i) {
@@ -301,7 +337,7 @@ void check(const Case& c) {
     double slope;
     activate(norm, z, &slope);
     const double g = in.dy[i] * slope * gamma(i);
-    const double pull = gx_sum[s] / count, offset = norm.centred ? g_sum[s] / count : 0;
+    const double pull = gx_sum[s] / count, offset = norm.subtract_mean ? g_sum[s] / count : 0;
     const double dx = inv_std[s] * (g - offset - xhat * pull);
     const double error = eps * (own_roundings * (1 + std::fabs(xhat)) +
                                 mean_roundings * std::fabs(mean[s]) * inv_std[s]);
@@ -326,7 +362,7 @@ void check(const Case& c) {
 
   // The number of threads changes nothing, not even a rounding.
   Case alone = c;
-  alone.norm.threads = 1;
+  alone.threads = 1;
   Result serial(c);
   calculate(alone, in, serial);
   if (!serial.same(out)) fail(c, "one thread differs", 0, 0, 0, 0);
@@ -365,7 +401,7 @@ void check(const Case& c) {
       if (c.set(i) == c.set(at)) {
         // An infinite x of a norm without a mean has 1 / std = 0, and gives NaN only where it
         // stands.
-        const bool spoils = norm.centred || c.seed % 3 != 0 || i == at;
+        const bool spoils = norm.subtract_mean || c.seed % 3 != 0 || i == at;
         const bool relu = norm.activation == NORMWISE_LEAKY_RELU;
         if (spoils && !std::isnan(spoiled.y[i]))
           fail(c, "NaN lost in y", i, spoiled.y[i], NAN, relu);
@@ -376,7 +412,8 @@ void check(const Case& c) {
   }
 
   // Equal elements give beta, however large.
-  if (norm.centred && norm.activation == NORMWISE_IDENTITY && norm.dtype == NORMWISE_FLOAT32) {
+  if (norm.subtract_mean && norm.activation == NORMWISE_IDENTITY &&
+      norm.dtype == NORMWISE_FLOAT32) {
     for (int64_t i = 0; i < c.size(); ++i) in.x.set(i, 12345.678 + double(c.set(i)));
     Result flat(c);
     calculate(c, in, flat);
@@ -407,7 +444,7 @@ class Source {
 
   Case draw() {
     Case c = {};
-    NormwiseNorm& n = c.norm;
+    Norm& n = c.norm;
     n.outer = 1 + below(5);
     n.before = n.groups = n.members = n.after = 1;
     switch (below(6)) {
@@ -431,7 +468,7 @@ class Source {
         n.members = extent(700);
         break;
       case 4:  // layer norm over a middle axis
-        n.keeps_after = 1;
+        n.keeps_after = true;
         n.members = extent(300);
         n.after = extent(300);
         break;
@@ -449,14 +486,14 @@ class Source {
           n.members = 1 + below(5);
         }
     }
-    n.centred = below(3) != 0;
+    n.subtract_mean = below(3) != 0;
     n.dtype = int32_t(below(4));
     n.activation = below(2) == 0 ? 0 : int32_t(below(7));
     const double slopes[] = {0, 0.2, 0.01};
     n.slope = slopes[below(3)];
     const double epsilons[] = {1e-3, 1e-5, 0};
     n.epsilon = epsilons[below(3)];
-    n.threads = int32_t(below(4));
+    c.threads = int32_t(below(4));
     c.has_gamma = below(4) != 0;
     c.has_beta = below(4) != 0;
     const bool narrow = n.dtype == NORMWISE_FLOAT16 || n.dtype == NORMWISE_BFLOAT16;
@@ -464,7 +501,7 @@ class Source {
     c.mean = means[below(3)];
     c.spread = below(4) == 0 ? 100 : 1;
     // A set of one element, or of few that round to the same number, has no reference at epsilon 0.
-    if (n.epsilon == 0 && (n.centred || c.set_size() < 2)) n.epsilon = 1e-3;
+    if (n.epsilon == 0 && (n.subtract_mean || c.set_size() < 2)) n.epsilon = 1e-3;
     c.seed = random_();
     return c;
   }

@@ -5,10 +5,11 @@
 // with jaxlib: version 0.x of the interface, where minor versions only add at the end.
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <exception>
+#include <stdexcept>
 #include <string>
 
+#include "call.h"
 #include "normwise.h"
 #include "parallel.h"
 
@@ -91,14 +92,10 @@ struct Buffers {
   Buffer** items;
 };
 
-struct Name {
-  const char* characters;
-  size_t length;
-};
-
-struct Scalar {
+struct Array {
   int32_t dtype;
-  void* value;
+  size_t count;
+  void* data;
 };
 
 struct Attributes {
@@ -106,7 +103,7 @@ struct Attributes {
   Extension* extensions;
   int64_t count;
   int32_t* kinds;
-  Name** names;
+  const void* names;
   void** items;
 };
 
@@ -124,18 +121,13 @@ struct Frame {
 constexpr int32_t kMetadata = 1;                         // type of an extension
 constexpr int32_t kExecute = 3;                          // stage of a frame
 constexpr int32_t kBuffer = 1;                           // kind of an argument and of a result
-constexpr int32_t kScalar = 3;                           // kind of an attribute
+constexpr int32_t kArray = 1;                            // kind of an attribute
 constexpr int32_t kInvalidArgument = 3, kInternal = 13;  // error codes
 constexpr int32_t kS64 = 5, kF16 = 10, kF32 = 11, kF64 = 12, kBF16 = 16;
 constexpr int32_t kMajor = 0, kMinor = 1;
 
-// Thrown within this file only: what a call got wrong.
-struct Invalid {
-  std::string message;
-};
-
 void require(bool fact, const char* message) {
-  if (!fact) throw Invalid{message};
+  if (!fact) throw std::invalid_argument(message);
 }
 
 Error* report(const Frame& frame, const std::string& message, int32_t code) {
@@ -158,42 +150,25 @@ bool answers_metadata(const Frame& frame) {
   return false;
 }
 
-template <typename Value>
-Value attribute(const Frame& frame, const char* name, int32_t dtype) {
+// The one attribute: the NormwiseNorm, as an array of 64-bit words.
+NormwiseNorm norm_of(const Frame& frame) {
   const Attributes& attributes = frame.attributes;
-  for (int64_t i = 0; i < attributes.count; ++i) {
-    const Name& found = *attributes.names[i];
-    if (found.length != std::strlen(name)) continue;
-    if (std::memcmp(found.characters, name, found.length) != 0) continue;
-    const auto* scalar = static_cast<const Scalar*>(attributes.items[i]);
-    if (attributes.kinds[i] != kScalar || scalar->dtype != dtype) {
-      throw Invalid{std::string("attribute ") + name + " has another type than expected"};
-    }
-    Value value;
-    std::memcpy(&value, scalar->value, sizeof(value));
-    return value;
-  }
-  throw Invalid{std::string("attribute ") + name + " is missing"};
+  require(attributes.count == 1 && attributes.kinds[0] == kArray, "the norm is no array");
+  const auto* words = static_cast<const Array*>(attributes.items[0]);
+  require(words->dtype == kS64, "the norm is no array of 64-bit integers");
+  return normwise::checked(words->data, words->count * sizeof(int64_t));
 }
-
-int64_t integer(const Frame& frame, const char* name) {
-  return attribute<int64_t>(frame, name, kS64);
-}
-
-double real(const Frame& frame, const char* name) { return attribute<double>(frame, name, kF64); }
 
 const Buffer& item(const Buffers& buffers, int64_t index) {
   require(buffers.kinds[index] == kBuffer, "an argument or a result is no buffer");
   return *buffers.items[index];
 }
 
-int64_t product(const Buffer& buffer, int64_t first, int64_t end) {
-  int64_t extent = 1;
-  for (int64_t axis = first; axis < end; ++axis) extent *= buffer.extents[axis];
-  return extent;
+int64_t size(const Buffer& buffer) {
+  int64_t elements = 1;
+  for (int64_t axis = 0; axis < buffer.rank; ++axis) elements *= buffer.extents[axis];
+  return elements;
 }
-
-int64_t size(const Buffer& buffer) { return product(buffer, 0, buffer.rank); }
 
 // gamma, beta and their gradients are absent where they have no elements.
 void* present(const Buffer& buffer) { return size(buffer) == 0 ? nullptr : buffer.data; }
@@ -209,52 +184,39 @@ int32_t dtype_of(const Buffer& x) {
     case kBF16:
       return NORMWISE_BFLOAT16;
     default:
-      throw Invalid{"x has no dtype of the kernels: float32, float64, float16, bfloat16"};
+      return -1;
   }
 }
 
-NormwiseNorm norm_of(const Frame& frame, const Buffer& x) {
-  const int64_t outer_end = integer(frame, "outer_end");
-  const int64_t before_end = integer(frame, "before_end");
-  const int64_t channels_end = integer(frame, "channels_end");
-  const int64_t groups = integer(frame, "groups");
-  require(0 <= outer_end && outer_end <= before_end && before_end <= channels_end &&
-              channels_end <= x.rank,
-          "the layout does not fit the rank of x");
-  const int64_t channels = product(x, before_end, channels_end);
-  require(groups > 0 && channels % groups == 0, "the groups do not divide the channels");
-
-  NormwiseNorm norm{};
-  norm.outer = product(x, 0, outer_end);
-  norm.before = product(x, outer_end, before_end);
-  norm.groups = groups;
-  norm.members = channels / groups;
-  norm.after = product(x, channels_end, x.rank);
-  norm.keeps_after = integer(frame, "keeps_after") != 0;
-  norm.centred = integer(frame, "centred") != 0;
-  norm.dtype = dtype_of(x);
-  norm.activation = static_cast<int32_t>(integer(frame, "activation"));
-  norm.epsilon = real(frame, "epsilon");
-  norm.slope = real(frame, "slope");
-  require(!norm.keeps_after || (norm.before == 1 && norm.groups == 1),
-          "a layout that keeps after has neither before nor groups");
-  return norm;
-}
+// A call of x, whose other tensors are yet to be filled in.
+struct Operands : NormwiseOperands {
+  explicit Operands(const Buffer& x_buffer) : NormwiseOperands{} {
+    size = sizeof(NormwiseOperands);
+    extents = x_buffer.extents;
+    rank = int32_t(x_buffer.rank);
+    dtype = dtype_of(x_buffer);
+    x = x_buffer.data;
+  }
+};
 
 void require_like(const Buffer& buffer, const Buffer& x, const char* message) {
   require(buffer.dtype == x.dtype && size(buffer) == size(x), message);
 }
 
-void require_parameter(const Buffer& buffer, const Buffer& x, const NormwiseNorm& norm) {
+void require_parameter(const Buffer& buffer, const Buffer& x, const normwise::Norm& norm) {
   require(buffer.dtype == (x.dtype == kF64 ? kF64 : kF32) &&
-              (size(buffer) == 0 || size(buffer) == norm.groups * norm.members),
+              (size(buffer) == 0 || size(buffer) == norm.channels()),
           "gamma, beta or its gradient has another dtype or size than the channels ask for");
 }
 
-void require_statistics(const Buffer& buffer, const Buffer& x, const NormwiseNorm& norm) {
-  const int64_t sets = norm.outer * (norm.keeps_after ? norm.after : norm.groups);
-  require(buffer.dtype == (x.dtype == kF64 ? kF64 : kF32) && size(buffer) == 2 * sets,
+void require_statistics(const Buffer& buffer, const Buffer& x, const normwise::Norm& norm) {
+  require(buffer.dtype == (x.dtype == kF64 ? kF64 : kF32) && size(buffer) == 2 * norm.sets(),
           "the statistics have another dtype or size than their sets ask for");
+}
+
+void finish(int32_t status) {
+  if (status == NORMWISE_FAILED) throw std::runtime_error(normwise_message());
+  require(status == NORMWISE_OK, normwise_message());
 }
 
 void forward(const Frame& frame) {
@@ -266,12 +228,19 @@ void forward(const Frame& frame) {
   const Buffer& y = item(frame.results, 0);
   const Buffer& statistics = item(frame.results, 1);
 
-  const NormwiseNorm norm = norm_of(frame, x);
+  const NormwiseNorm described = norm_of(frame);
+  Operands operands(x);
+  const normwise::Norm norm =
+      normwise::resolve(described, operands.dtype, operands.rank, operands.extents);
   require_parameter(gamma, x, norm);
   require_parameter(beta, x, norm);
   require_like(y, x, "y has another dtype or size than x");
   require_statistics(statistics, x, norm);
-  normwise_forward(&norm, x.data, present(gamma), present(beta), y.data, statistics.data);
+  operands.gamma = present(gamma);
+  operands.beta = present(beta);
+  operands.y = y.data;
+  operands.statistics = statistics.data;
+  finish(normwise_forward(&described, &operands));
 }
 
 void backward(const Frame& frame) {
@@ -286,15 +255,24 @@ void backward(const Frame& frame) {
   const Buffer& dgamma = item(frame.results, 1);
   const Buffer& dbeta = item(frame.results, 2);
 
-  const NormwiseNorm norm = norm_of(frame, x);
+  const NormwiseNorm described = norm_of(frame);
+  Operands operands(x);
+  const normwise::Norm norm =
+      normwise::resolve(described, operands.dtype, operands.rank, operands.extents);
   for (const Buffer* parameter : {&gamma, &beta, &dgamma, &dbeta}) {
     require_parameter(*parameter, x, norm);
   }
   require_like(dy, x, "dy has another dtype or size than x");
   require_like(dx, x, "dx has another dtype or size than x");
   require_statistics(statistics, x, norm);
-  normwise_backward(&norm, x.data, present(gamma), present(beta), statistics.data, dy.data, dx.data,
-                    present(dgamma), present(dbeta));
+  operands.gamma = present(gamma);
+  operands.beta = present(beta);
+  operands.statistics = statistics.data;
+  operands.dy = dy.data;
+  operands.dx = dx.data;
+  operands.dgamma = present(dgamma);
+  operands.dbeta = present(dbeta);
+  finish(normwise_backward(&described, &operands));
 }
 
 // Hands a task to the threads on which XLA runs everything else on the CPU.
@@ -318,8 +296,8 @@ Error* run(Frame* frame, void (*kernel)(const Frame&)) {
     const normwise::Loan loan(schedule, frame);
     kernel(*frame);
     return nullptr;
-  } catch (const Invalid& invalid) {
-    return report(*frame, invalid.message, kInvalidArgument);
+  } catch (const std::invalid_argument& invalid) {
+    return report(*frame, invalid.what(), kInvalidArgument);
   } catch (const std::exception& failure) {
     return report(*frame, failure.what(), kInternal);
   }

@@ -14,14 +14,14 @@ template <class T>
 struct Tiles {
   int64_t members, after, width, per_outer;
 
-  explicit Tiles(const NormwiseNorm& norm) : members(norm.members), after(norm.after) {
+  explicit Tiles(const Norm& norm) : members(norm.members), after(norm.after) {
     constexpr int64_t kStep = 4 * kPack<T>;
     const int64_t fitting = kTileBytes / int64_t(sizeof(T)) / members;
     width = std::min(std::clamp(fitting / kStep * kStep, kStep, kWindow), after);
     per_outer = (after + width - 1) / width;
   }
 
-  Split split(const NormwiseNorm& norm) const {
+  Split split(const Norm& norm) const {
     const int64_t units = norm.outer * per_outer, unit_elements = members * width;
     const int64_t least = kElementsPerThread / unit_elements;
     return {units, 1, unit_elements, std::max({int64_t(1), (units + 63) / 64, least})};
@@ -79,7 +79,7 @@ struct Forward {
     };
     for (int64_t row = 0; row < tiles.members; row += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, tiles.members - row);
-      if (tensors.norm.centred && row == 0) {
+      if (tensors.norm.subtract_mean && row == 0) {
         // At the mean of the first few rows, and these at the first row.
         for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
           write<T>(scratch.centre.data() + column, load(x + column, lanes...));
@@ -89,13 +89,13 @@ struct Forward {
         for (size_t i = 0; i < scratch.centre.size(); ++i) {
           scratch.centre[i] += scratch.sum[i] / A(few);
         }
-      } else if (tensors.norm.centred) {
+      } else if (tensors.norm.subtract_mean) {
         std::copy(scratch.means.begin(), scratch.means.end(), scratch.centre.begin());
       }
       measure(row, rows);
-      add_block(int64_t(scratch.means.size()), double(row), double(rows), tensors.norm.centred != 0,
-                scratch.centre.data(), scratch.sum.data(), scratch.square.data(),
-                scratch.means.data(), scratch.squares.data());
+      add_block(int64_t(scratch.means.size()), double(row), double(rows),
+                tensors.norm.subtract_mean, scratch.centre.data(), scratch.sum.data(),
+                scratch.square.data(), scratch.means.data(), scratch.squares.data());
     }
   }
 
@@ -249,7 +249,7 @@ struct Backward {
     const double size = double(tiles.members);
     for (size_t i = 0; i < scratch.mean.size(); ++i) {
       const double inv_std = double(scratch.inv_std[i]);
-      scratch.offset[i] = tensors.norm.centred ? A(inv_std * scratch.gs[i] / size) : A(0);
+      scratch.offset[i] = tensors.norm.subtract_mean ? A(inv_std * scratch.gs[i] / size) : A(0);
       scratch.pull[i] = A(inv_std * inv_std * scratch.gxs[i] / size);
     }
   }

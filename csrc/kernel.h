@@ -21,7 +21,7 @@ template <class T>
 struct Tensors {
   using A = ArithmeticOf<T>;
 
-  const NormwiseNorm& norm;
+  const Norm& norm;
   const T* x;
   const A *gamma, *beta;
   T* y;
@@ -230,7 +230,7 @@ class Accumulators {
 
 // Calls f with the dtype's T and the activation's Kind as types.
 template <class F>
-void with_types(const NormwiseNorm& norm, const F& f) {
+void with_types(const Norm& norm, const F& f) {
   const auto with_kind = [&](auto element) {
     switch (norm.activation) {
       case NORMWISE_IDENTITY:

@@ -2,8 +2,13 @@
 #include "normwise.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
+#include <stdexcept>
+#include <string>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -68,7 +73,7 @@ const Kernels& kernels() {
 
 #undef NORMWISE_KERNELS
 
-void fill_zeros(void* to, int64_t elements, const NormwiseNorm& norm) {
+void fill_zeros(void* to, int64_t elements, const Norm& norm) {
   const size_t bytes = norm.dtype == NORMWISE_FLOAT64 ? sizeof(double) : sizeof(float);
   if (to != nullptr) std::memset(to, 0, size_t(elements) * bytes);
 }
@@ -103,26 +108,21 @@ int64_t bytes_of(int32_t dtype) {
 // follow from it, and those are to be the same on every machine.
 constexpr int64_t kLastCacheBytes = 32 << 20;
 
-void run(Call call) {
-  const NormwiseNorm& norm = call.norm;
-  const int64_t channels = norm.groups * norm.members;
-  const int64_t elements = norm.outer * norm.before * channels * norm.after;
-  const int64_t bytes = elements * bytes_of(norm.dtype);
-  advise_huge_pages(call.dy == nullptr ? call.y : call.dx, bytes);
-  call.from_memory = bytes * (call.dy == nullptr ? 2 : 3) > kLastCacheBytes;
-  if (elements == 0) {
+void run(Call call, bool backward, int32_t most_threads) {
+  const Norm& norm = call.norm;
+  const int64_t bytes = norm.elements() * bytes_of(norm.dtype);
+  advise_huge_pages(backward ? call.dx : call.y, bytes);
+  call.from_memory = bytes * (backward ? 3 : 2) > kLastCacheBytes;
+  if (bytes == 0) {
     // Nothing to normalize, and no gradient to sum: the kernels may take every extent to be
     // positive.
-    if (call.dy == nullptr) {
-      fill_zeros(call.statistics, norm.outer * 2 * (norm.keeps_after ? norm.after : norm.groups),
-                 norm);
-    }
-    fill_zeros(call.dgamma, channels, norm);
-    fill_zeros(call.dbeta, channels, norm);
+    if (!backward) fill_zeros(call.statistics, 2 * norm.sets(), norm);
+    fill_zeros(call.dgamma, norm.channels(), norm);
+    fill_zeros(call.dbeta, norm.channels(), norm);
     return;
   }
   int threads = thread_limit();
-  if (norm.threads > 0) threads = std::min(threads, int(norm.threads));
+  if (most_threads > 0) threads = std::min(threads, int(most_threads));
   if (norm.keeps_after) {
     kernels().kept(call, threads);
   } else if (norm.after == 1 && norm.before > 1) {
@@ -134,22 +134,104 @@ void run(Call call) {
   }
 }
 
+void require(bool fact, const char* message) {
+  if (!fact) throw std::invalid_argument(message);
+}
+
+// A copy of a struct that begins with its size. Fields that the caller did not know are 0.
+template <class Struct>
+Struct sized(const void* from, size_t available, const char* message) {
+  Struct to{};
+  require(available >= sizeof to.size, message);
+  std::memcpy(&to.size, from, sizeof to.size);
+  require(to.size >= sizeof to.size && to.size <= std::min(available, sizeof to), message);
+  std::memcpy(static_cast<void*>(&to), from, size_t(to.size));
+  return to;
+}
+
+thread_local std::string last_message;
+
+int32_t fail(NormwiseStatus status, const char* message) noexcept {
+  try {
+    last_message = message;
+  } catch (const std::exception&) {  // no memory for the words either
+    last_message.clear();
+  }
+  return status;
+}
+
+int32_t enter(const NormwiseNorm* norm, const NormwiseOperands* given, bool backward) noexcept {
+  try {
+    const auto o = sized<NormwiseOperands>(given, sizeof *given,
+                                           "the operands are of another version of normwise");
+    const Norm known = resolve(checked(norm, sizeof *norm), o.dtype, o.rank, o.extents);
+    const bool whole = o.x != nullptr && o.statistics != nullptr &&
+                       (backward ? o.dy != nullptr && o.dx != nullptr : o.y != nullptr);
+    require(whole || known.elements() == 0, "an operand that must be there is null");
+    const void* dy = backward ? o.dy : nullptr;
+    run({known, o.x, o.gamma, o.beta, o.y, o.statistics, dy, o.dx, o.dgamma, o.dbeta, false},
+        backward, o.threads);
+    return NORMWISE_OK;
+  } catch (const std::invalid_argument& invalid) {
+    return fail(NORMWISE_INVALID, invalid.what());
+  } catch (const std::exception& failure) {
+    return fail(NORMWISE_FAILED, failure.what());
+  }
+}
+
 }  // namespace
+
+NormwiseNorm checked(const void* norm, size_t bytes) {
+  const auto n = sized<NormwiseNorm>(norm, bytes, "the norm is of another version of normwise");
+  require(0 <= n.outer_end && n.outer_end <= n.before_end && n.before_end < n.channels_end,
+          "the axes must fulfil 0 <= outer_end <= before_end < channels_end");
+  require(n.groups >= 1, "groups must be at least 1");
+  require(!n.keeps_after || (n.outer_end == n.before_end && n.groups == 1),
+          "keeps_after needs outer_end == before_end and groups == 1");
+  require(n.epsilon >= 0 && std::isfinite(n.epsilon),
+          "epsilon must be a finite number of at least 0");
+  require(n.activation >= NORMWISE_IDENTITY && n.activation <= NORMWISE_GELU_TANH,
+          "activation is none of enum NormwiseActivation");
+  return n;
+}
+
+Norm resolve(const NormwiseNorm& norm, int32_t dtype, int32_t rank, const int64_t* extents) {
+  require(norm.channels_end <= rank, "x must have a rank of at least channels_end");
+  require(dtype >= NORMWISE_FLOAT32 && dtype <= NORMWISE_BFLOAT16,
+          "x has no dtype of the kernels: float32, float64, float16, bfloat16");
+  const auto product = [&](int32_t first, int32_t end) {
+    int64_t extent = 1;
+    for (int32_t axis = first; axis < end; ++axis) extent *= extents[axis];
+    return extent;
+  };
+  const int64_t channels = product(norm.before_end, norm.channels_end);
+  require(channels % norm.groups == 0, "groups must divide the channels");
+  return {product(0, norm.outer_end),
+          product(norm.outer_end, norm.before_end),
+          norm.groups,
+          channels / norm.groups,
+          product(norm.channels_end, rank),
+          norm.keeps_after != 0,
+          norm.subtract_mean != 0,
+          dtype,
+          norm.activation,
+          norm.epsilon,
+          norm.slope};
+}
+
 }  // namespace normwise
 
 extern "C" {
 
-void normwise_forward(const NormwiseNorm* norm, const void* x, const void* gamma, const void* beta,
-                      void* y, void* statistics) {
-  normwise::run({*norm, x, gamma, beta, y, statistics, nullptr, nullptr, nullptr, nullptr, false});
+int32_t normwise_forward(const NormwiseNorm* norm, const NormwiseOperands* operands) {
+  return normwise::enter(norm, operands, false);
 }
 
-void normwise_backward(const NormwiseNorm* norm, const void* x, const void* gamma, const void* beta,
-                       const void* statistics, const void* dy, void* dx, void* dgamma,
-                       void* dbeta) {
-  normwise::run({*norm, x, gamma, beta, nullptr, const_cast<void*>(statistics), dy, dx, dgamma,
-                 dbeta, false});
+int32_t normwise_backward(const NormwiseNorm* norm, const NormwiseOperands* operands) {
+  return normwise::enter(norm, operands, true);
 }
+
+const char* normwise_message(void) { return normwise::last_message.c_str(); }
 
 const char* normwise_instructions(void) { return normwise::kernels().instructions; }
 

@@ -30,36 +30,58 @@ enum NormwiseActivation {
   NORMWISE_GELU_TANH = 6,
 };
 
-// One norm over a contiguous x of shape (outer, before, groups, members, after).
+enum NormwiseStatus {
+  NORMWISE_OK = 0,
+  NORMWISE_INVALID = 1,  // what was asked for is no norm, or does not fit x
+  NORMWISE_FAILED = 2,   // the system ran out of memory or of threads
+};
+
+// A norm, whatever the extents of its input are. Both structs begin with their size, as the caller
+// was compiled with it: a library that knows more fields takes those that are missing for 0, and
+// one that knows fewer refuses the call. So structs grow at their ends only.
 //
-// The sets are told apart by (outer, groups), or where keeps_after, which needs before == groups
-// == 1, by (outer, after). gamma and beta have the shape (groups, members). The statistics have the
-// shape (outer, 2, groups) or (outer, 2, after): the means, 0 where not centred, and then
-// 1 / sqrt(variance + epsilon), 0 where that has no value.
-//
-// x, y and their gradients have `dtype`; all else is float64 where that is, and float32 otherwise.
+// Of the axes of x, those before `outer_end` form outer, from there to `before_end` before, from
+// there to `channels_end` the channels, which are groups times members, and the rest after.
 typedef struct {
-  int64_t outer, before, groups, members, after;
-  int32_t keeps_after;
-  int32_t centred;     // whether the mean is subtracted
-  int32_t dtype;       // enum NormwiseDtype
+  uint64_t size;
+  int32_t outer_end, before_end, channels_end;
+  int32_t keeps_after;  // sets are told apart by (outer, after), and not by (outer, groups)
+  int64_t groups;
+  int32_t subtract_mean;
   int32_t activation;  // enum NormwiseActivation
   double epsilon;      // added to the variance
   double slope;        // of leaky_relu at negative numbers
-  int32_t threads;     // the most to use, or 0 for as many as the pool has
-  int32_t reserved;
 } NormwiseNorm;
 
-// y = activation(gamma * (x - mean) * inv_std + beta), and the statistics. gamma and beta may each
-// be null.
-NORMWISE_API void normwise_forward(const NormwiseNorm* norm, const void* x, const void* gamma,
-                                   const void* beta, void* y, void* statistics);
+// The tensors of a call, each contiguous. gamma, beta and their gradients have an element for each
+// channel, and each may be null. The statistics have the shape (outer, 2, groups) or (outer, 2,
+// after): the means, 0 where none is subtracted, and then 1 / sqrt(variance + epsilon), 0 where
+// that has no value.
+//
+// x, y and their gradients have `dtype`; all else is float64 where that is, and float32 otherwise.
+typedef struct {
+  uint64_t size;
+  const int64_t* extents;  // of x, `rank` of them
+  int32_t rank;
+  int32_t dtype;    // enum NormwiseDtype
+  int32_t threads;  // the most to use, or 0 for as many as the pool has
+  int32_t reserved;
+  const void *x, *gamma, *beta;
+  void *y, *statistics;
+  const void* dy;
+  void *dx, *dgamma, *dbeta;
+} NormwiseOperands;
 
-// The gradients of sum(y * dy), given the statistics that the forward pass wrote. gamma and beta
-// are null where they were; dgamma and dbeta may each be null, and are written whole.
-NORMWISE_API void normwise_backward(const NormwiseNorm* norm, const void* x, const void* gamma,
-                                    const void* beta, const void* statistics, const void* dy,
-                                    void* dx, void* dgamma, void* dbeta);
+// y = activation(gamma * (x - mean) * inv_std + beta), and the statistics. Returns an enum
+// NormwiseStatus; what is to be written is undefined unless that is NORMWISE_OK.
+NORMWISE_API int32_t normwise_forward(const NormwiseNorm* norm, const NormwiseOperands* operands);
+
+// The gradients of sum(y * dy), given the statistics that the forward pass wrote. dgamma and dbeta
+// are written whole.
+NORMWISE_API int32_t normwise_backward(const NormwiseNorm* norm, const NormwiseOperands* operands);
+
+// Why the last call that failed in this thread did.
+NORMWISE_API const char* normwise_message(void);
 
 // The instruction set that the kernels run on here: "avx512", "avx2" or "baseline".
 NORMWISE_API const char* normwise_instructions(void);

@@ -168,7 +168,7 @@ struct Forward {
   void gather(int64_t, int64_t, int64_t, Scratch& scratch) const {
     const A size = A(batches.members);
     Vec<A> rest = {}, variance;
-    if (tensors.norm.centred) {
+    if (tensors.norm.subtract_mean) {
       // The centre is the mean of a few elements, or if there are many that of some, found so:
       // equal elements have exactly their own mean, and no sum grows with it.
       Lanes<T> centre = {};
@@ -289,7 +289,7 @@ struct Backward {
     for (; row < kLanes<A>; ++row) g_sums[row] = gx_sums[row] = Vec<A>{};
     const A size = A(batches.members);
     const Vec<A> inv_std = scratch.inv_std;
-    if (tensors.norm.centred) scratch.offset = inv_std * (sums<A>(g_sums) / size);
+    if (tensors.norm.subtract_mean) scratch.offset = inv_std * (sums<A>(g_sums) / size);
     scratch.pull = inv_std * inv_std * (sums<A>(gx_sums) / size);
   }
 

@@ -76,7 +76,7 @@ struct Sets {
   int64_t groups, before, members, after, run, pieces;
   bool gamma_per_element;
 
-  explicit Sets(const NormwiseNorm& norm)
+  explicit Sets(const Norm& norm)
       : groups(norm.groups),
         before(norm.before),
         members(norm.members),
@@ -92,7 +92,7 @@ struct Sets {
   // Where the mean of a unit is in the statistics; 1 / standard deviation comes `groups` later.
   int64_t statistics(int64_t unit) const { return outer(unit) * 2 * groups + group(unit); }
 
-  Split split(const NormwiseNorm& norm) const {
+  Split split(const Norm& norm) const {
     const int64_t units = norm.outer * groups;
     const int64_t least = kElementsPerThread / elements();
     // A chunk may have two sums for every element of a set.
@@ -150,7 +150,7 @@ struct Forward {
   void gather(int64_t unit, int64_t piece, int64_t, Scratch& scratch) const {
     Moments moments;
     sets.for_runs(unit, piece, [&](int64_t, int64_t begin, int64_t end) {
-      add_run(tensors.x + begin, end - begin, tensors.norm.centred != 0, moments);
+      add_run(tensors.x + begin, end - begin, tensors.norm.subtract_mean, moments);
     });
     scratch.moments[size_t(piece)] = moments;
   }
@@ -328,7 +328,7 @@ struct Backward {
       gx += scratch.gx[size_t(piece)];
     }
     const double factor = double(scratch.inv_std) / double(sets.elements());
-    scratch.offset = tensors.norm.centred ? A(factor * g) : A(0);
+    scratch.offset = tensors.norm.subtract_mean ? A(factor * g) : A(0);
     scratch.pull = A(factor * double(scratch.inv_std) * gx);
     if (sets.gamma_per_element || !accumulators.wanted()) return;
     A* dgamma = accumulators.dgamma(chunk) + sets.channel(unit);

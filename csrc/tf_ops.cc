@@ -7,13 +7,14 @@
 
 #include <dlfcn.h>
 
-#include <cmath>
 #include <cstddef>
 #include <cstring>
 #include <exception>
 #include <initializer_list>
-#include <new>
+#include <stdexcept>
+#include <string>
 
+#include "call.h"
 #include "normwise.h"
 
 namespace {
@@ -64,12 +65,10 @@ using Delete = void (*)(void*);
   _(void, KernelBuilder_TypeConstraint,                                                           \
     (TF_KernelBuilder*, const char* attribute, TF_DataType, TF_Status*))                          \
   _(void, RegisterKernelBuilder, (const char* name, TF_KernelBuilder*, TF_Status*))               \
-  _(void, OpKernelConstruction_GetAttrInt64,                                                      \
-    (TF_OpKernelConstruction*, const char* name, int64_t*, TF_Status*))                           \
-  _(void, OpKernelConstruction_GetAttrFloat,                                                      \
-    (TF_OpKernelConstruction*, const char* name, float*, TF_Status*))                             \
-  _(void, OpKernelConstruction_GetAttrBool,                                                       \
-    (TF_OpKernelConstruction*, const char* name, unsigned char*, TF_Status*))                     \
+  _(void, OpKernelConstruction_GetAttrSize,                                                       \
+    (TF_OpKernelConstruction*, const char* name, int32_t* list, int32_t* bytes, TF_Status*))      \
+  _(void, OpKernelConstruction_GetAttrString,                                                     \
+    (TF_OpKernelConstruction*, const char* name, char*, size_t bytes, TF_Status*))                \
   _(void, OpKernelConstruction_GetAttrType,                                                       \
     (TF_OpKernelConstruction*, const char* name, TF_DataType*, TF_Status*))                       \
   _(void, OpKernelConstruction_Failure, (TF_OpKernelConstruction*, TF_Status*))                   \
@@ -171,88 +170,40 @@ struct Shape {
   void append(const Tensor& tensor, int64_t first, int64_t last) {
     for (int64_t axis = first; axis < last; ++axis) append(tensor.extent(axis));
   }
-  int64_t product(int64_t first, int64_t last) const {
-    int64_t product = 1;
-    for (int64_t axis = first; axis < last; ++axis) product *= extents[axis];
-    return product;
-  }
   bool operator==(const Shape& other) const {
     return rank == other.rank && std::memcmp(extents, other.extents, rank * sizeof *extents) == 0;
   }
 };
 
-// The attributes of a node, which say how an x of any extents is read: see Layout in library.py.
+// The attributes of a node.
 struct Kernel {
   TF_DataType dtype = TF_FLOAT, arithmetic = TF_FLOAT;
-  int64_t outer_end, before_end, channels_end;
   NormwiseNorm norm = {};
 
   Kernel(TF_OpKernelConstruction* construction, Status& status) {
-    auto integer = [&](const char* name) {
-      int64_t value = 0;
-      if (status.ok()) tf.OpKernelConstruction_GetAttrInt64(construction, name, &value, status);
-      return value;
-    };
-    auto boolean = [&](const char* name) {
-      unsigned char value = 0;
-      if (status.ok()) tf.OpKernelConstruction_GetAttrBool(construction, name, &value, status);
-      return value != 0;
-    };
-    // An attribute of type float has 32 bits: a float64 norm needs an epsilon of 64.
-    auto real = [&](const char* name) {
-      const int64_t bits = integer(name);
-      double value;
-      std::memcpy(&value, &bits, sizeof value);
-      return value;
-    };
     tf.OpKernelConstruction_GetAttrType(construction, "T", &dtype, status);
     if (status.ok()) tf.OpKernelConstruction_GetAttrType(construction, "A", &arithmetic, status);
-    outer_end = integer("outer_end");
-    before_end = integer("before_end");
-    channels_end = integer("channels_end");
-    norm.groups = integer("groups");
-    norm.keeps_after = boolean("keeps_after");
-    norm.centred = boolean("centred");
-    norm.epsilon = real("epsilon_bits");
-    norm.slope = real("slope_bits");
-    const int64_t activation = integer("activation");
-    norm.activation = static_cast<int32_t>(activation);
-    norm.dtype = dtype == TF_DOUBLE     ? NORMWISE_FLOAT64
-                 : dtype == TF_HALF     ? NORMWISE_FLOAT16
-                 : dtype == TF_BFLOAT16 ? NORMWISE_BFLOAT16
-                                        : NORMWISE_FLOAT32;
-    status.require(0 <= outer_end && outer_end <= before_end && before_end < channels_end,
-                   "the axes must fulfil 0 <= outer_end <= before_end < channels_end");
-    status.require(norm.groups >= 1, "groups must be at least 1");
-    status.require(!norm.keeps_after || (outer_end == before_end && norm.groups == 1),
-                   "keeps_after needs outer_end == before_end and groups == 1");
-    status.require(norm.epsilon >= 0 && std::isfinite(norm.epsilon),
-                   "epsilon must be a finite number of at least 0");
-    status.require(activation >= NORMWISE_IDENTITY && activation <= NORMWISE_GELU_TANH,
-                   "activation is none of enum NormwiseActivation");
+    int32_t list = 0, bytes = 0;
+    if (status.ok())
+      tf.OpKernelConstruction_GetAttrSize(construction, "norm", &list, &bytes, status);
+    if (!status.ok()) return;
+    std::string text(size_t(bytes), '\0');
+    tf.OpKernelConstruction_GetAttrString(construction, "norm", &text[0], text.size(), status);
+    if (status.ok()) norm = normwise::checked(text.data(), text.size());
   }
 
-  // The norm of an x of this shape.
-  NormwiseNorm of(const Shape& x, Status& status) const {
-    NormwiseNorm filled = norm;
-    // The statistics may have an axis more.
-    status.require(channels_end <= x.rank && x.rank < kMaxRank,
-                   "x must have a rank of at least channels_end, and of less than 254");
-    if (!status.ok()) return filled;
-    const int64_t channels = x.product(before_end, channels_end);
-    status.require(channels % norm.groups == 0, "groups must divide the channels");
-    filled.outer = x.product(0, outer_end);
-    filled.before = x.product(outer_end, before_end);
-    filled.members = channels / norm.groups;
-    filled.after = x.product(channels_end, x.rank);
-    return filled;
+  int32_t own_dtype() const {
+    return dtype == TF_DOUBLE     ? NORMWISE_FLOAT64
+           : dtype == TF_HALF     ? NORMWISE_FLOAT16
+           : dtype == TF_BFLOAT16 ? NORMWISE_BFLOAT16
+                                  : NORMWISE_FLOAT32;
   }
 
   Shape statistics_shape(const Tensor& x) const {
-    Shape shape(x, 0, outer_end);
+    Shape shape(x, 0, norm.outer_end);
     shape.append(2);
     if (norm.keeps_after) {
-      shape.append(x, channels_end, x.rank());
+      shape.append(x, norm.channels_end, x.rank());
     } else {
       shape.append(norm.groups);
     }
@@ -260,28 +211,53 @@ struct Kernel {
   }
 };
 
+// A call of x, whose other tensors are yet to be filled in, and its norm.
+struct Operands : NormwiseOperands {
+  normwise::Norm norm;
+
+  Operands(const Kernel& kernel, const Tensor& x_tensor, const Shape& shape) : NormwiseOperands{} {
+    // The statistics may have an axis more.
+    if (shape.rank >= kMaxRank) throw std::invalid_argument("x must have a rank of less than 254");
+    size = sizeof(NormwiseOperands);
+    extents = shape.extents;
+    rank = shape.rank;
+    dtype = kernel.own_dtype();
+    x = x_tensor.data();
+    norm = normwise::resolve(kernel.norm, dtype, rank, extents);
+  }
+};
+
 // gamma or beta: absent, or one element per channel.
-void require_parameter(const Tensor& parameter, const NormwiseNorm& norm, Status& status) {
+void require_parameter(const Tensor& parameter, const normwise::Norm& norm, Status& status) {
   const int64_t elements = status.ok() ? parameter.elements() : 0;
-  status.require(elements == 0 || elements == norm.groups * norm.members,
+  status.require(elements == 0 || elements == norm.channels(),
                  "gamma and beta must each have one element per channel, or none at all");
+}
+
+void finish(int32_t result, Status& status) {
+  if (result == NORMWISE_OK) return;
+  status.fail(result == NORMWISE_INVALID ? TF_INVALID_ARGUMENT : TF_RESOURCE_EXHAUSTED,
+              normwise_message());
 }
 
 void forward(const Kernel& kernel, TF_OpKernelContext* context, Status& status) {
   const Tensor x(context, 0, status), gamma(context, 1, status), beta(context, 2, status);
   if (!status.ok()) return;
   const Shape shape(x);
-  const NormwiseNorm norm = kernel.of(shape, status);
-  require_parameter(gamma, norm, status);
-  require_parameter(beta, norm, status);
+  Operands operands(kernel, x, shape);
+  require_parameter(gamma, operands.norm, status);
+  require_parameter(beta, operands.norm, status);
   if (!status.ok()) return;
 
   const Shape sets = kernel.statistics_shape(x);
   const Tensor y(context, 0, kernel.dtype, shape.extents, shape.rank, status);
   const Tensor statistics(context, 1, kernel.arithmetic, sets.extents, sets.rank, status);
   if (!status.ok()) return;
-  normwise_forward(&norm, x.data(), gamma.data_if_any(), beta.data_if_any(), y.data(),
-                   statistics.data());
+  operands.gamma = gamma.data_if_any();
+  operands.beta = beta.data_if_any();
+  operands.y = y.data();
+  operands.statistics = statistics.data();
+  finish(normwise_forward(&kernel.norm, &operands), status);
 }
 
 void backward(const Kernel& kernel, TF_OpKernelContext* context, Status& status) {
@@ -289,9 +265,9 @@ void backward(const Kernel& kernel, TF_OpKernelContext* context, Status& status)
       statistics(context, 3, status), dy(context, 4, status);
   if (!status.ok()) return;
   const Shape shape(x);
-  const NormwiseNorm norm = kernel.of(shape, status);
-  require_parameter(gamma, norm, status);
-  require_parameter(beta, norm, status);
+  Operands operands(kernel, x, shape);
+  require_parameter(gamma, operands.norm, status);
+  require_parameter(beta, operands.norm, status);
   status.require(shape == Shape(dy), "dy must have the shape of x");
   if (!status.ok()) return;
   status.require(kernel.statistics_shape(x) == Shape(statistics),
@@ -302,14 +278,32 @@ void backward(const Kernel& kernel, TF_OpKernelContext* context, Status& status)
   const Tensor dgamma(context, 1, kernel.arithmetic, of_gamma.extents, of_gamma.rank, status);
   const Tensor dbeta(context, 2, kernel.arithmetic, of_beta.extents, of_beta.rank, status);
   if (!status.ok()) return;
-  normwise_backward(&norm, x.data(), gamma.data_if_any(), beta.data_if_any(), statistics.data(),
-                    dy.data(), dx.data(), dgamma.data_if_any(), dbeta.data_if_any());
+  operands.gamma = gamma.data_if_any();
+  operands.beta = beta.data_if_any();
+  operands.statistics = statistics.data();
+  operands.dy = dy.data();
+  operands.dx = dx.data();
+  operands.dgamma = dgamma.data_if_any();
+  operands.dbeta = dbeta.data_if_any();
+  finish(normwise_backward(&kernel.norm, &operands), status);
+}
+
+// Runs `work`; what it throws goes to TensorFlow as a status, for no exception may pass C.
+template <class Work>
+void guarded(Status& status, const Work& work) {
+  try {
+    work();
+  } catch (const std::invalid_argument& invalid) {
+    status.fail(TF_INVALID_ARGUMENT, invalid.what());
+  } catch (const std::exception& error) {  // no memory
+    status.fail(TF_RESOURCE_EXHAUSTED, error.what());
+  }
 }
 
 void* create(TF_OpKernelConstruction* construction) {
   Status status;
-  Kernel* kernel = new (std::nothrow) Kernel(construction, status);
-  if (kernel == nullptr) status.fail(TF_RESOURCE_EXHAUSTED, "no memory for the op's attributes");
+  Kernel* kernel = nullptr;
+  guarded(status, [&] { kernel = new Kernel(construction, status); });
   if (!status.ok()) tf.OpKernelConstruction_Failure(construction, status);
   return kernel;
 }
@@ -317,11 +311,7 @@ void* create(TF_OpKernelConstruction* construction) {
 template <void (*pass)(const Kernel&, TF_OpKernelContext*, Status&)>
 void compute(void* kernel, TF_OpKernelContext* context) {
   Status status;
-  try {
-    pass(*static_cast<Kernel*>(kernel), context, status);
-  } catch (const std::exception& error) {  // no memory for the sums, or no thread to be had
-    status.fail(TF_RESOURCE_EXHAUSTED, error.what());
-  }
+  guarded(status, [&] { pass(*static_cast<Kernel*>(kernel), context, status); });
   if (!status.ok()) tf.OpKernelContext_Failure(context, status);
 }
 
@@ -354,17 +344,7 @@ void backward_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
 void register_op(const char* name, const char* const* inputs, const char* const* outputs,
                  ShapeFunction shapes, Compute compute) {
   static const char* const attributes[] = {"T: {half, bfloat16, float, double}",
-                                           "A: {float, double}",
-                                           "outer_end: int",
-                                           "before_end: int",
-                                           "channels_end: int",
-                                           "groups: int",
-                                           "keeps_after: bool",
-                                           "centred: bool",
-                                           "activation: int",
-                                           "epsilon_bits: int",
-                                           "slope_bits: int",
-                                           nullptr};
+                                           "A: {float, double}", "norm: string", nullptr};
   TF_OpDefinitionBuilder* op = tf.NewOpDefinitionBuilder(name);
   for (; *inputs != nullptr; ++inputs) tf.OpDefinitionBuilderAddInput(op, *inputs);
   for (; *outputs != nullptr; ++outputs) tf.OpDefinitionBuilderAddOutput(op, *outputs);

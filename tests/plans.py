@@ -1,8 +1,11 @@
 """The geometries of the kernels' tests: every family of kernel, odd extents, few elements."""
 
+import keras
 import pytest
 
 from normwise import geometry
+from normwise.activations import IDENTITY
+from normwise.norm import NONE, Norm, Operands
 
 EPSILON = 1e-3
 EPS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -28,3 +31,20 @@ def few(*names):
 
 
 few_geometries = few("group-last", "group-first", "layer-two", "layer-middle")
+
+
+def norm_of(plan, x_dtype, operands=NONE, subtract_mean=True, activation=IDENTITY):
+    """The Norm of an input of this dtype and geometry."""
+    return Norm(plan, x_dtype, x_dtype, EPSILON, subtract_mean, activation, operands.lie())
+
+
+def call(kernel, plan, subtract_mean=True, activation=IDENTITY):
+    """A kernel as a function of x, gamma and beta."""
+
+    def function(x, gamma=None, beta=None):
+        operands, dtype = Operands(gamma, beta), keras.backend.standardize_dtype(x.dtype)
+        norm = norm_of(plan, dtype, operands, subtract_mean, activation)
+        assert kernel.why_not(norm, x) is None
+        return kernel.run(norm, x, operands)
+
+    return function

@@ -15,7 +15,8 @@ FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch", "tensorflow_addons"}
 # From the ground up; a floor may use those before it. The package itself only puts doors on them.
 FLOORS = [
     "geometry",
-    "checks",
+    "activations",
+    "norm",
     "kernels",
     "dispatch",
     "ops",

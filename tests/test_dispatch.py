@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 import normwise
 from normwise import cli, dispatch, doctor, geometry, layers, ops
 from normwise.dispatch import Choice
-from normwise.kernels import library
+from normwise.kernels import environment, library
+from normwise.norm import Norm, Operands
 
 built = pytest.mark.skipif(library.path() is None, reason="the native library was not built")
 
@@ -32,7 +33,8 @@ NO_COMPILER = "the native library was not built, for want of a C++ compiler"
 
 
 def choose(plan=PLAN, dtype="float32", epsilon=1e-3, masked=False, x=None):
-    return dispatch.choose(plan, dtype=dtype, epsilon=epsilon, masked=masked, x=x)
+    operands = Operands(mask=masked or None)
+    return dispatch.choose(Norm(plan, dtype, dtype, epsilon, operands=operands), x)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,7 @@ def test_composite_means_what_runs_without_the_library():
     assert "use_kernels('composite') is in force" in choice.reason
 
 
-OBSTACLES = {
+AGAINST = {
     "mask": ({"masked": True}, "the native kernels take no mask"),
     "axes apart": (
         {"plan": geometry.layer((2, 4, 5, 6), (1, 3))},
@@ -81,7 +83,7 @@ OBSTACLES = {
 }
 
 
-def check_obstacle(options, reason):
+def check_reason(options, reason):
     """The reason is given with the choice, and with the error where native was asked for."""
     choice = choose(**options)
     assert choice.kernel in ("composite", "torch")
@@ -96,14 +98,14 @@ def check_obstacle(options, reason):
 
 
 @built
-@pytest.mark.parametrize(("options", "reason"), OBSTACLES.values(), ids=OBSTACLES.keys())
+@pytest.mark.parametrize(("options", "reason"), AGAINST.values(), ids=AGAINST.keys())
 def test_what_native_cannot_take_is_refused_with_the_reason(options, reason):
-    check_obstacle(options, reason)
+    check_reason(options, reason)
 
 
 @pytest.mark.usefixtures("without_library")
 def test_a_machine_without_the_library_says_so():
-    check_obstacle({}, NO_COMPILER)
+    check_reason({}, NO_COMPILER)
     x = keras.ops.convert_to_tensor(samples())
     assert_within(to_numpy(ops.layer_norm(x, epsilon=0.0)).mean(), 0.0, 1e-6)
     with normwise.use_kernels("native"), pytest.raises(RuntimeError, match=re.escape(NO_COMPILER)):
@@ -345,16 +347,17 @@ def test_a_model_trains_alike_on_both():
     [
         ("NORMWISE_NUM_THREADS", "0", "NORMWISE_NUM_THREADS='0' is no number of threads; use a"),
         ("NORMWISE_NUM_THREADS", "two", "NORMWISE_NUM_THREADS='two' is no number of threads"),
+        ("NORMWISE_NUM_THREADS", "٣", "NORMWISE_NUM_THREADS='٣' is no number of threads"),
         ("NORMWISE_INSTRUCTIONS", "sse", "NORMWISE_INSTRUCTIONS='sse' names no instruction set"),
     ],
 )
 def test_the_environment_is_checked(monkeypatch, name, value, message):
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=re.escape(message)):
-        library.check_environment()
+        environment.check()
 
 
 def test_a_good_environment_is_accepted(monkeypatch):
     monkeypatch.setenv("NORMWISE_NUM_THREADS", "3")
     monkeypatch.setenv("NORMWISE_INSTRUCTIONS", "avx2")
-    library.check_environment()
+    environment.check()

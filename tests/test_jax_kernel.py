@@ -9,10 +9,11 @@ import keras
 import numpy as np
 import pytest
 from frameworks import assert_within, to_numpy
-from plans import EPS, EPSILON, GEOMETRIES, every_geometry, few, few_geometries
+from plans import EPS, EPSILON, GEOMETRIES, call, every_geometry, few, few_geometries, norm_of
 from reference import Norm, group_labels, layer_labels
 
 from normwise import geometry
+from normwise.activations import IDENTITY, Activation
 from normwise.kernels import composite, library
 
 if keras.backend.backend() != "jax":
@@ -27,24 +28,18 @@ from normwise.kernels import jax as kernel
 
 two_geometries = few("group-last", "layer-middle")
 
-# As the kernels number them, and JAX's own: on JAX Keras 3.15 takes tanh of float64 in float32.
+# JAX's own beside them: on JAX Keras 3.15 takes tanh of float64 in float32.
 ACTIVATIONS = {
-    "relu": (library.Activation(1, 0.0, keras.activations.relu), jax.nn.relu),
+    "relu": (Activation("leaky_relu"), jax.nn.relu),
     "leaky_relu": (
-        library.Activation(1, 0.2, keras.activations.leaky_relu),
+        Activation("leaky_relu", 0.2),
         functools.partial(jax.nn.leaky_relu, negative_slope=0.2),
     ),
-    "sigmoid": (library.Activation(2, 0.0, keras.activations.sigmoid), jax.nn.sigmoid),
-    "tanh": (library.Activation(3, 0.0, keras.activations.tanh), jnp.tanh),
-    "silu": (library.Activation(4, 0.0, keras.activations.silu), jax.nn.silu),
-    "gelu": (
-        library.Activation(5, 0.0, keras.activations.gelu),
-        functools.partial(jax.nn.gelu, approximate=False),
-    ),
-    "gelu_tanh": (
-        library.Activation(6, 0.0, functools.partial(keras.activations.gelu, approximate=True)),
-        jax.nn.gelu,
-    ),
+    "sigmoid": (Activation("sigmoid"), jax.nn.sigmoid),
+    "tanh": (Activation("tanh"), jnp.tanh),
+    "silu": (Activation("silu"), jax.nn.silu),
+    "gelu": (Activation("gelu"), functools.partial(jax.nn.gelu, approximate=False)),
+    "gelu_tanh": (Activation("gelu_tanh"), jax.nn.gelu),
 }
 
 
@@ -61,34 +56,24 @@ def operands(plan, dtype="float32", gamma=True, beta=True, leading=()):
     return (x, gamma, beta), jnp.asarray(rng.normal(size=x.shape), dtype)
 
 
-def native(plan, centred=True, activation=library.IDENTITY):
-    return functools.partial(
-        kernel.normalize,
-        geometry=plan,
-        epsilon=EPSILON,
-        centred=centred,
-        activation=activation,
-    )
+def native(plan, subtract_mean=True, activation=IDENTITY):
+    return call(kernel.KERNELS[0], plan, subtract_mean, activation)
 
 
 def readable(plan, activation=lambda y: y):
     """What `native` is to be the same as."""
-
-    def function(x, gamma, beta):
-        options = {"epsilon": EPSILON, "centred": True}
-        return activation(composite.normalize(x, gamma, beta, plan, **options))
-
-    return function
+    normalize = call(composite.COMPOSITE, plan)
+    return lambda *operands: activation(normalize(*operands))
 
 
-def reference(plan, x, gamma, beta, centred=True):
+def reference(plan, x, gamma, beta, subtract_mean=True):
     labels = (
         group_labels(plan.shape, plan.parameter_axes[0], plan.groups)
         if "groups" in plan.per
         else layer_labels(plan.shape, plan.set_axes)
     )
     x, gamma, beta = (a if a is None else to_numpy(a) for a in (x, gamma, beta))
-    return Norm(x, gamma, beta, labels, plan.parameter_axes, EPSILON, centred)
+    return Norm(x, gamma, beta, labels, plan.parameter_axes, EPSILON, subtract_mean)
 
 
 def leaves(tree):
@@ -107,14 +92,14 @@ def custom_calls(text):
     return text.count("@normwise_jax") + text.count('"normwise_jax')
 
 
-def check_against_reference(plan, dtype, centred=True, gamma=True, beta=True):
+def check_against_reference(plan, dtype, subtract_mean=True, gamma=True, beta=True):
     arrays, dy = operands(plan, dtype, gamma, beta)
-    y, pull = jax.vjp(native(plan, centred), *arrays)
+    y, pull = jax.vjp(native(plan, subtract_mean), *arrays)
     found = pull(dy)
     assert y.dtype == arrays[0].dtype
     assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, arrays)
 
-    norm = reference(plan, *arrays, centred)
+    norm = reference(plan, *arrays, subtract_mean)
     dy = to_numpy(dy)
     arithmetic = "float64" if dtype == "float64" else "float32"
     rounding = EPS[dtype] if dtype != arithmetic else 0
@@ -132,9 +117,9 @@ def check_against_reference(plan, dtype, centred=True, gamma=True, beta=True):
 
 
 @every_geometry
-@pytest.mark.parametrize("centred", [True, False], ids=["centred", "rms"])
-def test_values_and_gradients(plan, centred):
-    check_against_reference(plan, "float32", centred)
+@pytest.mark.parametrize("subtract_mean", [True, False], ids=["subtract_mean", "rms"])
+def test_values_and_gradients(plan, subtract_mean):
+    check_against_reference(plan, "float32", subtract_mean)
 
 
 @few_geometries
@@ -178,11 +163,11 @@ def test_empty_inputs(shape, make):
 
 @few_geometries
 def test_the_statistics_are_the_same_everywhere(plan):
-    for centred in (True, False):
+    for subtract_mean in (True, False):
         (x, gamma, beta), _ = operands(plan)
-        norm = kernel._norm(plan, EPSILON, centred, library.IDENTITY)
-        found = kernel._forward.bind(x, gamma, beta, norm=norm)
-        expected = jax.jit(functools.partial(kernel._composite_forward, norm=norm))(x, gamma, beta)
+        norm = norm_of(plan, "float32", subtract_mean=subtract_mean)
+        found = kernel._NATIVE.forward.bind(x, gamma, beta, norm=norm)
+        expected = jax.jit(functools.partial(kernel._meant_forward, norm=norm))(x, gamma, beta)
         assert_same(found, expected, 1e-6)
 
 
@@ -222,7 +207,7 @@ def test_derivatives_of_higher_order(plan, name):
 
             return every(*arrays)
 
-        fused, function = ACTIVATIONS.get(name, (library.IDENTITY, lambda y: y))
+        fused, function = ACTIVATIONS.get(name, (IDENTITY, lambda y: y))
         pair = native(plan, activation=fused), readable(plan, function)
         found, expected = map(derivatives, pair)
         assert_same(found, expected, 1e-10)
@@ -314,9 +299,9 @@ def test_an_exported_program_takes_any_batch():
 
 def test_a_call_that_does_not_fit_is_an_error():
     (x, gamma, beta), _ = operands(geometry.group((2, 5, 6), -1, 3))
-    norm = kernel._norm(geometry.group((2, 5, 8), -1, 4), EPSILON, True, library.IDENTITY)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="groups do not divide the channels"):
-        kernel._forward.bind(x, gamma, beta, norm=norm)
+    norm = norm_of(geometry.group((2, 5, 8), -1, 4), "float32")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="groups must divide the channels"):
+        jax.jit(kernel._NATIVE.forward.bind, static_argnames="norm")(x, gamma, beta, norm=norm)
 
 
 SHARDED = """
@@ -324,6 +309,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from normwise import geometry
 from normwise.kernels import jax as kernel
+from normwise.norm import Norm, Operands
 
 assert kernel._register.cache_info().currsize == 0, "loaded at import"
 assert len(jax.devices()) == 4
@@ -337,8 +323,10 @@ for plan in (
     geometry.layer((8, 6, 5), 1),
 ):
     def function(x, gamma, beta):
-        y, pull = jax.vjp(lambda *arrays: kernel.normalize(
-            *arrays, plan, epsilon=1e-3, centred=True), x, gamma, beta)
+        norm = Norm(plan, "float32", "float32", 1e-3)
+        y, pull = jax.vjp(
+            lambda x, *parameters: kernel.KERNELS[0].run(norm, x, Operands(*parameters)),
+            x, gamma, beta)
         return y, pull(jnp.cos(x))
 
     x = rng.normal(3, 2, plan.shape).astype("float32")

@@ -11,17 +11,18 @@ import keras
 import numpy as np
 import pytest
 from frameworks import BACKEND, assert_within, gradients, second_gradients, to_numpy
+from plans import EPSILON, call, norm_of
 from reference import EPS, Norm, group_labels, layer_labels
 
 from normwise import geometry
-from normwise.kernels import composite, library, tensorflow
+from normwise.activations import IDENTITY, Activation
+from normwise.kernels import composite, cpu, library, tensorflow
+from normwise.norm import NONE
 
 pytestmark = [
     pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's door to the kernels"),
     pytest.mark.skipif(library.path() is None, reason="the native library was not built"),
 ]
-
-EPSILON = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Case:
     shape: tuple
     axis: int | tuple
     groups: int | None = None
-    centred: bool = True
+    subtract_mean: bool = True
 
     def plan(self, unknown=()):
         shape = [None if axis in unknown else extent for axis, extent in enumerate(self.shape)]
@@ -53,20 +54,13 @@ class Case:
         x, dy = (to_numpy(keras.ops.cast(a, dtype)) for a in (x, dy))
         return x, gamma.astype(arithmetic), beta.astype(arithmetic), dy
 
-    def native(self, x, gamma, beta, activation=library.IDENTITY, plan=None):
-        return tensorflow.normalize(
-            x,
-            gamma,
-            beta,
-            plan or self.plan(),
-            epsilon=EPSILON,
-            centred=self.centred,
-            activation=activation,
-        )
+    def native(self, x, gamma, beta, activation=IDENTITY, plan=None):
+        kernel = tensorflow.KERNELS[0]
+        return call(kernel, plan or self.plan(), self.subtract_mean, activation)(x, gamma, beta)
 
-    def composite(self, x, gamma, beta, activation=library.IDENTITY):
-        y = composite.normalize(x, gamma, beta, self.plan(), epsilon=EPSILON, centred=self.centred)
-        return activation.function(y)
+    def composite(self, x, gamma, beta, activation=IDENTITY):
+        kernel = composite.COMPOSITE
+        return call(kernel, self.plan(), self.subtract_mean, activation)(x, gamma, beta)
 
 
 CASES = {
@@ -81,8 +75,8 @@ CASES = {
     "layer of two axes": Case((4, 3, 5), (1, 2)),
     "layer middle": Case((2, 6, 3, 4), 1),
     "layer of two middle axes": Case((2, 3, 4, 5), (1, 2)),
-    "rms": Case((2, 3, 7), -1, centred=False),
-    "rms middle": Case((2, 6, 5), 1, centred=False),
+    "rms": Case((2, 3, 7), -1, subtract_mean=False),
+    "rms middle": Case((2, 6, 5), 1, subtract_mean=False),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 GROUP = CASES["group last"]
@@ -92,7 +86,7 @@ GROUP = CASES["group last"]
 class Fused:
     """An activation by its number, and in float64 with its derivative."""
 
-    activation: library.Activation
+    activation: Activation
     function: callable
     slope: callable
 
@@ -115,41 +109,28 @@ def gelu_tanh_slope(z):
     return 0.5 * (1 + inner) + 0.5 * z * (1 - inner**2) * steepness
 
 
-def fused(code, function, y, slope, negative_slope=0.0):
-    return Fused(library.Activation(code, negative_slope, function), y, slope)
-
-
 FUSED = {
-    "identity": Fused(library.IDENTITY, lambda z: z, np.ones_like),
-    "relu": fused(1, keras.activations.relu, lambda z: np.maximum(z, 0), lambda z: z > 0),
-    "leaky relu": fused(
-        1,
-        lambda z: keras.activations.leaky_relu(z, negative_slope=0.3),
+    "identity": Fused(IDENTITY, lambda z: z, np.ones_like),
+    "relu": Fused(Activation("leaky_relu"), lambda z: np.maximum(z, 0), lambda z: z > 0),
+    "leaky relu": Fused(
+        Activation("leaky_relu", 0.3),
         lambda z: np.where(z > 0, z, 0.3 * z),
         lambda z: np.where(z > 0, 1, 0.3),
-        negative_slope=0.3,
     ),
-    "sigmoid": fused(
-        2, keras.activations.sigmoid, sigmoid, lambda z: sigmoid(z) * (1 - sigmoid(z))
-    ),
-    "tanh": fused(3, keras.activations.tanh, np.tanh, lambda z: 1 - np.tanh(z) ** 2),
-    "silu": fused(
-        4,
-        keras.activations.silu,
+    "sigmoid": Fused(Activation("sigmoid"), sigmoid, lambda z: sigmoid(z) * (1 - sigmoid(z))),
+    "tanh": Fused(Activation("tanh"), np.tanh, lambda z: 1 - np.tanh(z) ** 2),
+    "silu": Fused(
+        Activation("silu"),
         lambda z: z * sigmoid(z),
         lambda z: sigmoid(z) * (1 + z * (1 - sigmoid(z))),
     ),
-    "gelu": fused(
-        5,
-        keras.activations.gelu,
+    "gelu": Fused(
+        Activation("gelu"),
         lambda z: z * normal_cdf(z),
         lambda z: normal_cdf(z) + z * np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi),
     ),
-    "gelu tanh": fused(
-        6,
-        lambda z: keras.activations.gelu(z, approximate=True),
-        lambda z: 0.5 * z * (1 + gelu_inner(z)),
-        gelu_tanh_slope,
+    "gelu tanh": Fused(
+        Activation("gelu_tanh"), lambda z: 0.5 * z * (1 + gelu_inner(z)), gelu_tanh_slope
     ),
 }
 every_activation = pytest.mark.parametrize("fused", FUSED.values(), ids=FUSED.keys())
@@ -173,7 +154,7 @@ def check(case, dtype="float32", present=(True, True), fused=FUSED["identity"]):
 
     axes = case.plan().parameter_axes
     gamma, beta = (p if there else None for p, there in zip((gamma, beta), present, strict=True))
-    right = Norm(x, gamma, beta, case.labels(), axes, EPSILON, case.centred)
+    right = Norm(x, gamma, beta, case.labels(), axes, EPSILON, case.subtract_mean)
     eps, rounding = EPS[arithmetic_of(dtype)], EPS[dtype]
     # No activation is steeper than 1.13, and none adds more than a few roundings.
     want = fused.function(right.y)
@@ -309,7 +290,7 @@ def test_unknown_extents_and_static_shapes(name):
         part = x[:count]
         with tf.GradientTape() as tape:
             tape.watch([part, gamma, beta])
-            y = composite.normalize(part, gamma, beta, plan, epsilon=EPSILON, centred=case.centred)
+            y = call(composite.COMPOSITE, plan, case.subtract_mean)(part, gamma, beta)
             total = tf.reduce_sum(tf.sin(y))
         want = y, *tape.gradient(total, [part, gamma, beta])
         for found, w in zip(slopes(part), want, strict=True):
@@ -350,20 +331,19 @@ class Chosen(keras.Layer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.obstacles = set()
+        self.reasons = set()
 
     def call(self, x):
-        obstacle = tensorflow.obstacle(x)
-        self.obstacles.add(obstacle)
-        plan = geometry.group(x.shape, -1, 3)
-        kernel = composite if obstacle else tensorflow
-        return kernel.normalize(x, None, None, plan, epsilon=EPSILON, centred=True)
+        native, norm = tensorflow.KERNELS[0], norm_of(geometry.group(x.shape, -1, 3), "float32")
+        reason = native.why_not(norm, x)
+        self.reasons.add(reason)
+        return (composite.COMPOSITE if reason else native).run(norm, x, NONE)
 
-    def obstacles_of(self, work):
-        """The obstacles that `work` met, and what it returned."""
-        self.obstacles.clear()
+    def reasons_of(self, work):
+        """The reasons against it that `work` met, and what it returned."""
+        self.reasons.clear()
         result = work()
-        return set(self.obstacles), result
+        return set(self.reasons), result
 
 
 def chosen_model(**options):
@@ -380,7 +360,7 @@ def test_xla_gets_the_composite():
     import tensorflow as tf
 
     layer, x = Chosen(), tf.constant(samples())
-    met, want = layer.obstacles_of(lambda: layer(x))
+    met, want = layer.reasons_of(lambda: layer(x))
     assert met == {None}
 
     def slope(x):
@@ -395,13 +375,13 @@ def test_xla_gets_the_composite():
 
     _, want_slope = slope(x)
     compiled = tf.function(slope, jit_compile=True, autograph=False)
-    (met,), (y, found) = layer.obstacles_of(lambda: compiled(x))
+    (met,), (y, found) = layer.reasons_of(lambda: compiled(x))
     assert "XLA" in met
     assert_within(y, want.numpy(), 1e-5)
     assert_within(found, want_slope.numpy(), 1e-4)
 
     compiled = tf.function(looped, jit_compile=True, autograph=False)
-    (met,), y = layer.obstacles_of(lambda: compiled(x))
+    (met,), y = layer.reasons_of(lambda: compiled(x))
     assert "XLA" in met
     assert_within(y, want.numpy(), 1e-5)
 
@@ -413,14 +393,14 @@ def test_keras_fit_takes_what_it_can():
         keras.utils.set_random_seed(0)
         model = chosen_model(jit_compile=jit_compile)
         layer = model.layers[0]
-        fitted, history = layer.obstacles_of(lambda: model.fit(x, y, epochs=3, verbose=0))
-        predicted, _ = layer.obstacles_of(lambda: model.predict(x, verbose=0))
+        fitted, history = layer.reasons_of(lambda: model.fit(x, y, epochs=3, verbose=0))
+        predicted, _ = layer.reasons_of(lambda: model.predict(x, verbose=0))
         return history.history["loss"], fitted | predicted
 
     native, met = losses(jit_compile=False)
     assert met == {None}
-    compiled, (obstacle,) = losses(jit_compile=True)
-    assert "XLA" in obstacle
+    compiled, (reason,) = losses(jit_compile=True)
+    assert "XLA" in reason
     assert_within(native, np.array(compiled), 1e-5)
 
 
@@ -447,10 +427,10 @@ def test_exports_run_without_normwise(tmp_path):
 
     x, model = samples(), chosen_model()
     layer = model.layers[0]
-    met, want = layer.obstacles_of(lambda: model.predict(x, verbose=0))
+    met, want = layer.reasons_of(lambda: model.predict(x, verbose=0))
     assert met == {None}
     called = tf.function(model, autograph=False, input_signature=[tf.TensorSpec((None, 5, 6))])
-    met, _ = layer.obstacles_of(lambda: called(x))
+    met, _ = layer.reasons_of(lambda: called(x))
     assert met == {None}
 
     def concrete():
@@ -464,8 +444,8 @@ def test_exports_run_without_normwise(tmp_path):
     }
     for name, save in ways.items():
         folder = tmp_path / name
-        met, _ = layer.obstacles_of(lambda save=save, folder=folder: save(str(folder)))
-        assert all("exported" in obstacle for obstacle in met), name
+        met, _ = layer.reasons_of(lambda save=save, folder=folder: save(str(folder)))
+        assert all("exported" in reason for reason in met), name
         assert met, name
         np.save(folder / "x.npy", x)
     run(SERVE, *(tmp_path / name for name in ways))
@@ -481,8 +461,8 @@ import normwise
 from normwise.kernels import tensorflow
 
 calls = []
-normalize = tensorflow.normalize
-tensorflow.normalize = lambda *args, **options: calls.append(1) or normalize(*args, **options)
+native = tensorflow._native
+tensorflow._native = lambda: calls.append(1) or native()
 
 def trained(strategy):
     keras.utils.set_random_seed(0)
@@ -502,7 +482,7 @@ def trained(strategy):
 one = trained(tf.distribute.get_strategy())
 calls.clear()
 two = trained(tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]))
-assert len(calls) >= 4, calls  # two layers in two replicas
+assert len(calls) >= 8, calls  # two passes of two layers in two replicas
 print(all(np.abs(a - b).max() < 1e-6 for a, b in zip(one, two)))
 """
 
@@ -512,8 +492,12 @@ def test_two_devices_train_as_one():
 
 
 def test_other_devices_get_the_composite():
-    assert tensorflow.obstacle(types.SimpleNamespace(device="/job:w/device:CPU:1")) is None
-    assert "GPU:0" in tensorflow.obstacle(types.SimpleNamespace(device="/job:w/device:GPU:0"))
+    def why_not(device):
+        x = types.SimpleNamespace(device=device)
+        return tensorflow.KERNELS[0].why_not(norm_of(GROUP.plan(), "float32"), x)
+
+    assert why_not("/job:w/device:CPU:1") is None
+    assert "GPU:0" in why_not("/job:w/device:GPU:0")
 
 
 @pytest.mark.parametrize(
@@ -527,9 +511,13 @@ def test_other_devices_get_the_composite():
         ({"before_end": 4}, "before_end < channels_end"),
         ({"outer_end": -1}, "0 <= outer_end"),
         ({"keeps_after": True}, "keeps_after needs"),
-        ({"epsilon_bits": -1}, "epsilon must be a finite number"),
+        ({"epsilon": -1e-3}, "epsilon must be a finite number"),
+        ({"epsilon": math.nan}, "epsilon must be a finite number"),
         ({"activation": 7}, "none of enum NormwiseActivation"),
-        ({"activation": 2**32}, "none of enum NormwiseActivation"),
+        ({"activation": -1}, "none of enum NormwiseActivation"),
+        ({"size": 2**32}, "the norm is of another version of normwise"),
+        ({"size": 4}, "the norm is of another version of normwise"),
+        ({"norm": b"short"}, "the norm is of another version of normwise"),
         ({"dy": np.zeros((1, 3, 4, 6), "float32")}, "dy must have the shape of x"),
         ({"statistics": np.zeros((2, 3), "float32")}, "those of the forward pass"),
     ],
@@ -539,8 +527,11 @@ def test_ops_refuse_what_does_not_fit(changed, message):
 
     x, gamma, beta, dy = GROUP.arrays("float32")
     ops = tensorflow._native()
-    attributes = tensorflow._attributes(GROUP.plan(), EPSILON, True, library.IDENTITY)
-    inputs = {"x": x, "gamma": gamma, "beta": beta, **attributes}
+    described = cpu.describe(norm_of(GROUP.plan(), "float32"))
+    changed = dict(changed)
+    for name in dict(described._fields_).keys() & changed.keys():
+        setattr(described, name, changed.pop(name))
+    inputs = {"x": x, "gamma": gamma, "beta": beta, "norm": bytes(described)}
     op = ops.normwise_forward
     if changed.keys() & {"dy", "statistics"}:
         op = ops.normwise_backward
@@ -550,12 +541,15 @@ def test_ops_refuse_what_does_not_fit(changed, message):
 
 
 @every_case
-def test_a_layout_tells_the_geometry(case):
-    plan = case.plan()
-    layout = dataclasses.astuple(library.layout(plan))
-    same = tensorflow._geometry(plan.shape, *layout)
-    assert dataclasses.astuple(library.layout(same)) == layout
-    assert (same.groups, same.set_size) == (plan.groups, plan.set_size)
+@every_activation
+def test_a_description_tells_the_norm(case, fused):
+    norm = norm_of(case.plan(), "float32", NONE, case.subtract_mean, fused.activation)
+    described = bytes(cpu.describe(norm))
+    same = cpu.norm_of(described, case.shape, "float32", NONE)
+    assert bytes(cpu.describe(same)) == described
+    assert same.of(norm.geometry) == norm
+    assert same.geometry.extents == norm.geometry.extents
+    assert same.geometry.set_axes == norm.geometry.set_axes
 
 
 def test_the_library_loads_without_tensorflow():

@@ -7,10 +7,11 @@ import keras
 import numpy as np
 import pytest
 from frameworks import assert_within, second_gradients, to_numpy
-from plans import EPS, EPSILON, every_geometry, few_geometries
+from plans import EPS, EPSILON, call, every_geometry, few_geometries
 from reference import Norm, group_labels, layer_labels
 
-from normwise import geometry
+from normwise import activations, geometry
+from normwise.activations import IDENTITY
 from normwise.kernels import composite, library
 
 if keras.backend.backend() != "torch":
@@ -23,7 +24,7 @@ import torch
 from normwise.kernels import torch as kernel
 
 ACTIVATIONS = {
-    name: library.activation(function)
+    name: activations.find(function)
     for name, function in {
         "relu": keras.activations.relu,
         "leaky_relu": functools.partial(keras.activations.leaky_relu, negative_slope=0.3),
@@ -52,20 +53,13 @@ def operands(plan, dtype="float32", present=(True, True)):
     ], dy
 
 
-def native(plan, centred=True, activation=library.IDENTITY):
-    return functools.partial(
-        kernel.normalize, geometry=plan, epsilon=EPSILON, centred=centred, activation=activation
-    )
+def native(plan, subtract_mean=True, activation=IDENTITY):
+    return call(kernel.KERNELS[0], plan, subtract_mean, activation)
 
 
-def readable(plan, centred=True, activation=library.IDENTITY):
+def readable(plan, subtract_mean=True, activation=IDENTITY):
     """What `native` is to be the same as."""
-
-    def function(x, gamma, beta):
-        y = composite.normalize(x, gamma, beta, plan, epsilon=EPSILON, centred=centred)
-        return activation.function(y)
-
-    return function
+    return call(composite.COMPOSITE, plan, subtract_mean, activation)
 
 
 def both_passes(function, arrays, dy):
@@ -82,7 +76,7 @@ def assert_same(found, expected, tolerance):
         assert_within(f, e, tolerance * (1 + np.abs(e).max(initial=0)))
 
 
-def reference(plan, arrays, centred=True):
+def reference(plan, arrays, subtract_mean=True):
     channels = plan.parameter_axes[0]
     labels = (
         group_labels(plan.shape, channels, plan.groups)
@@ -90,16 +84,16 @@ def reference(plan, arrays, centred=True):
         else layer_labels(plan.shape, plan.set_axes)
     )
     x, gamma, beta = (a if a is None else to_numpy(a.detach()) for a in arrays)
-    return Norm(x, gamma, beta, labels, plan.parameter_axes, EPSILON, centred)
+    return Norm(x, gamma, beta, labels, plan.parameter_axes, EPSILON, subtract_mean)
 
 
-def check_against_reference(plan, dtype="float32", centred=True, present=(True, True)):
+def check_against_reference(plan, dtype="float32", subtract_mean=True, present=(True, True)):
     arrays, dy = operands(plan, dtype, present)
-    y, *found = both_passes(native(plan, centred), arrays, dy)
+    y, *found = both_passes(native(plan, subtract_mean), arrays, dy)
     given = [a for a in arrays if a is not None]
     assert [y.dtype, *(g.dtype for g in found)] == [given[0].dtype, *(a.dtype for a in given)]
 
-    right, dy = reference(plan, arrays, centred), to_numpy(dy)
+    right, dy = reference(plan, arrays, subtract_mean), to_numpy(dy)
     arithmetic = EPS["float64" if dtype == "float64" else "float32"]
     rounding = EPS[dtype] if dtype in ("float16", "bfloat16") else 0
     tolerance = right.y_tolerance(arithmetic) + rounding * np.abs(right.y)
@@ -114,9 +108,9 @@ def check_against_reference(plan, dtype="float32", centred=True, present=(True, 
 
 
 @every_geometry
-@pytest.mark.parametrize("centred", [True, False], ids=["centred", "rms"])
-def test_values_and_gradients(plan, centred):
-    check_against_reference(plan, centred=centred)
+@pytest.mark.parametrize("subtract_mean", [True, False], ids=["subtract_mean", "rms"])
+def test_values_and_gradients(plan, subtract_mean):
+    check_against_reference(plan, subtract_mean=subtract_mean)
 
 
 @every_geometry
@@ -142,16 +136,16 @@ def test_activations(plan, name):
 
 
 @every_geometry
-@pytest.mark.parametrize("centred", [True, False], ids=["centred", "rms"])
+@pytest.mark.parametrize("subtract_mean", [True, False], ids=["subtract_mean", "rms"])
 @pytest.mark.parametrize("present", [(True, True), (False, True), (False, False)])
-def test_second_gradients_are_the_composites(plan, centred, present):
+def test_second_gradients_are_the_composites(plan, subtract_mean, present):
     arrays, dy = operands(plan, "float64", present)
     given = [a.detach() for a in arrays if a is not None]
 
     def of(make):
         def function(x, *given):
             rest = iter(given)
-            y = make(plan, centred, ACTIVATIONS["tanh"])
+            y = make(plan, subtract_mean, ACTIVATIONS["tanh"])
             return y(x, *(next(rest) if there else None for there in present))
 
         return second_gradients(function, given, dy, torch.cos(given[0]))
@@ -219,7 +213,7 @@ def test_many_second_derivatives_at_a_time(plan):
 @pytest.mark.parametrize("name", [None, "silu"])
 def test_finite_differences(plan, name):
     arrays, _ = operands(plan, "float64")
-    function = native(plan, activation=ACTIVATIONS.get(name, library.IDENTITY))
+    function = native(plan, activation=ACTIVATIONS.get(name, IDENTITY))
     assert torch.autograd.gradcheck(function, arrays)
     assert torch.autograd.gradgradcheck(function, arrays)
 
@@ -269,10 +263,13 @@ def test_channels_last_memory_is_read_as_it_lies(shape, make, monkeypatch):
 
     form = FORMATS[len(shape)]
     x = arrays[0].detach().contiguous(memory_format=form).requires_grad_()
-    given, forward = [], kernel._forward
-    monkeypatch.setattr(
-        kernel, "_forward", lambda x, *rest: given.append(x.data_ptr()) or forward(x, *rest)
-    )
+    given, forward = [], kernel._Call.forward
+
+    def seen(self, x, *rest):
+        given.append(x.data_ptr())
+        return forward(self, x, *rest)
+
+    monkeypatch.setattr(kernel._Call, "forward", seen)
     found = both_passes(native(plan), [x, *arrays[1:]], dy.contiguous(memory_format=form))
     assert given == [x.data_ptr()]
     assert all(t.is_contiguous(memory_format=form) for t in found[:2])

@@ -1,31 +1,40 @@
-"""Which kernel runs, decided in one place and with a reason."""
+"""Which kernel runs: the first of the backend's that has nothing against it."""
 
 import dataclasses
+import functools
 import os
-
-import keras
+from collections.abc import Callable, Sequence
 
 from normwise import kernels
-from normwise.geometry import Geometry
-from normwise.kernels import library
+from normwise.kernels import Kernel
+from normwise.norm import Norm
 
 MODES = ("auto", "native", "composite")
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A kernel by its name, and why it was chosen.
+    """A kernel by its name, and why it was chosen. Printed, it lists the kernels before it too.
 
     Args:
-        kernel: "native" (csrc/), "torch" (PyTorch's own fused norms) or "composite" (keras.ops).
+        kernel: "native" (csrc/), "torch" (PyTorch's own fused norms), "composite" (keras.ops), or
+            the name of an engine that was added.
         reason: in words.
+        against: the kernels that were asked before, each with its reason against.
+        run: the kernel itself, called with a Norm, x and Operands.
     """
 
     kernel: str
     reason: str
+    against: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
+    run: Callable | None = dataclasses.field(default=None, compare=False, repr=False)
 
+    def __str__(self):
+        lines = (*(f"{name}: no, {reason}" for name, reason in self.against), self._chosen())
+        return "\n".join(lines)
 
-_NATIVE = Choice("native", "the native kernels can take it")
+    def _chosen(self):
+        return f"{self.kernel}: yes" + ("" if self.against else f", {self.reason}")
 
 
 def _check_mode(mode, source: str) -> str:
@@ -77,24 +86,12 @@ class use_kernels:  # noqa: N801 - used as a function, and in a with statement
         _mode = self._before
 
 
-def choose(
-    geometry: Geometry,
-    *,
-    dtype: str,
-    epsilon: float | None,
-    masked: bool,
-    centred: bool = True,
-    x=None,
-) -> Choice:
+def choose(norm: Norm, x=None) -> Choice:
     """Choose the kernel for one call on Keras's backend.
 
     Args:
-        geometry: of the input.
-        dtype: that the kernel would read and write.
-        epsilon: added to the variance, None where it is a tensor.
-        masked: whether the call has a mask.
-        centred: whether the mean is subtracted.
-        x: the input, None to ask about any that lies on the CPU and is not traced.
+        norm: what the call is.
+        x: the input, None to ask about one on the device that the backend would use, untraced.
 
     Raises:
         RuntimeError: the native kernels were asked for and cannot run.
@@ -102,40 +99,39 @@ def choose(
     Example:
 
     >>> from normwise import geometry
-    >>> plan = geometry.layer((8, 4, 4, 6), axis=(1, 3))
-    >>> choose(plan, dtype="float32", epsilon=1e-3, masked=False).kernel
+    >>> apart = Norm(geometry.layer((8, 4, 4, 6), axis=(1, 3)), "float32", "float32", 1e-3)
+    >>> choose(apart).kernel
     'composite'
     """
-    backend = keras.backend.backend()
-    if _mode == "composite":
-        obstacle = "use_kernels('composite') is in force"
-    elif masked:
-        obstacle = "the native kernels take no mask"
-    elif epsilon is None:
-        obstacle = "the native kernels take no learned epsilon"
-    else:
-        obstacle = library.obstacle(geometry, dtype)
-    if obstacle is None and x is not None:
-        obstacle = kernels.obstacle(backend)(x)
-    if obstacle is None:
-        return _NATIVE
-    if _mode == "native":
-        raise RuntimeError(
-            f"use_kernels('native') is in force, but {obstacle}; use_kernels('auto') takes the "
-            "next best kernel here"
-        )
-    if backend == "torch" and _torch_is_right(geometry, epsilon, masked, centred):
-        return Choice("torch", f"torch's own fused norm, since {obstacle}")
-    return Choice("composite", obstacle)
-
-
-def _torch_is_right(geometry: Geometry, epsilon: float | None, masked: bool, centred: bool) -> bool:
-    # torch's norms take no mask, and give NaN for equal elements at epsilon 0 and NaN gradients for
-    # empty inputs. They know trailing axes, and groups of channels whose mean is subtracted.
-    return (
-        not masked
-        and epsilon is not None
-        and epsilon > 0
-        and 0 not in geometry.shape
-        and (geometry.trailing or (centred and geometry.per == ("outer", "groups")))
+    against = []
+    for kernel in kernels.listed():
+        if not kernel.engine and _mode == "native":
+            break
+        if kernel.engine and _mode == "composite":
+            reason = "use_kernels('composite') is in force"
+        else:
+            reason = kernel.why_not(norm, x)
+        if reason is None:
+            return _chosen(kernel, against) if against else _taken(kernel)
+        against.append((kernel, reason))
+    raise RuntimeError(
+        f"use_kernels('native') is in force, but {_of_engines(against)}; use_kernels('auto') takes "
+        "the next best kernel here"
     )
+
+
+@functools.cache
+def _taken(kernel: Kernel) -> Choice:
+    return Choice(kernel.name, f"the {kernel.name} kernels can take it", run=kernel.run)
+
+
+def _chosen(kernel: Kernel, against: Sequence[tuple[Kernel, str]]) -> Choice:
+    """A kernel that was chosen after others: for want of an engine, or an engine itself."""
+    since = _of_engines(against)
+    reason = _taken(kernel).reason if kernel.engine else kernel.since.format(since)
+    rejected = tuple((other.name, words) for other, words in against)
+    return Choice(kernel.name, reason, rejected, kernel.run)
+
+
+def _of_engines(against: Sequence[tuple[Kernel, str]]) -> str:
+    return "; ".join(dict.fromkeys(reason for kernel, reason in against if kernel.engine))

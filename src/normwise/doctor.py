@@ -5,8 +5,9 @@ import platform
 
 import keras
 
-from normwise import dispatch, ops
+from normwise import dispatch, geometry, kernels, ops
 from normwise.kernels import library
+from normwise.norm import SHARED, Norm, Operands, check_epsilon
 
 
 def explain(what, shape, dtype=None, **options) -> dispatch.Choice:
@@ -19,8 +20,10 @@ def explain(what, shape, dtype=None, **options) -> dispatch.Choice:
         **options: of the function, as `groups` and `axis`.
 
     Returns:
-        A Choice with the kernel's name and the reason, for an input on the CPU and outside of a
-        trace: under XLA on TensorFlow, torch.compile or an export, the composite runs instead.
+        A Choice with the kernel's name and the reason, for an input on the device that the backend
+        puts its tensors on, and outside of a trace: under XLA on TensorFlow, torch.compile or an
+        export, the composite runs instead. Printed, it lists every kernel that was asked, with what
+        speaks against it.
 
     Raises:
         ValueError, TypeError: as the layer or function itself would on this shape.
@@ -33,18 +36,19 @@ def explain(what, shape, dtype=None, **options) -> dispatch.Choice:
     ...     normwise.explain(layer, (8, 96, 56, 56))
     Choice(kernel='composite', reason="use_kernels('composite') is in force")
     """
+    return dispatch.choose(_norm(what, shape, dtype, **options))
+
+
+def _norm(what, shape, dtype, *, epsilon=1e-3, learned_epsilon=None, **where) -> Norm:
     if isinstance(what, keras.layers.Layer) and hasattr(what, "geometry"):
-        plan, epsilon, result = what.geometry(shape), what.epsilon, what.compute_dtype
-        centred, learned = what.centred, what.learned_epsilon
+        sets, epsilon, result = what.geometry(shape), what.epsilon, what.compute_dtype
+        subtract_mean, learned = what.subtract_mean, what.learned_epsilon
     else:
-        epsilon = options.pop("epsilon", 1e-3)
-        learned = options.pop("learned_epsilon", None) is not None
-        plan, result = ops.geometry_of(what, shape, **options), None
-        centred = ops.operation_of(what).centred
+        sets, result = ops.geometry_of(what, shape, **where), None
+        subtract_mean, learned = ops.operation_of(what).subtract_mean, learned_epsilon is not None
     given, result = (keras.backend.standardize_dtype(d) for d in (dtype or result, result or dtype))
-    through = ops.kernel_dtype(given, result)
-    epsilon = None if learned else epsilon
-    return dispatch.choose(plan, dtype=through, epsilon=epsilon, masked=False, centred=centred)
+    operands = Operands(SHARED, SHARED, learned_epsilon=learned or None)
+    return Norm(sets, given, result, check_epsilon(epsilon), subtract_mean, operands=operands)
 
 
 def report() -> dict[str, str]:
@@ -58,10 +62,15 @@ def report() -> dict[str, str]:
     native = library.missing()
     if native is None:
         native = f"{library.instructions()} instructions, up to {library.threads()} threads"
+    usual = Norm(geometry.layer((8, 128, 768)), "float32", "float32", 1e-3)
     return {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         **versions,
         "Keras backend": keras.backend.backend(),
         "kernels in force": dispatch.mode(),
         "native kernels": native,
+        **{
+            f"kernel {kernel.name}": kernel.why_not(usual, None) or "can run here"
+            for kernel in kernels.listed()
+        },
     }

@@ -29,14 +29,15 @@ SPATIAL = (1, 2)
 class Geometry:
     """How one input falls apart into sets of elements that share a mean and a variance.
 
-    An extent that is not known before the call is None.
+    Which axes form the five extents is stored; everything else follows from it, the layout in
+    memory by which the kernels read an input too. An extent not known before the call is None.
 
     Args:
         shape: the input's shape.
-        outer, before, groups, members, after: the five extents; their product is the input's size.
+        ends: three positions in the order of the axes: outer ends before the first, before ends
+            before the second, the channels (groups and members) before the third, then comes after.
+        groups: how many groups the channels form.
         per: names of the extents that tell sets apart, e.g. `("outer", "groups")`.
-        set_axes: axes of the input that lie wholly inside a set, ascending.
-        parameter_axes: axes of the input that gamma and beta span, ascending.
         permutation: the order of the input's axes under which the five extents hold, None where
             that is the order in memory.
 
@@ -53,20 +54,99 @@ class Geometry:
     """
 
     shape: Shape
-    outer: int | None
-    before: int | None
+    ends: tuple[int, int, int]
     groups: int | None
-    members: int | None
-    after: int | None
     per: tuple[str, ...]
-    set_axes: tuple[int, ...]
-    parameter_axes: tuple[int, ...]
     permutation: tuple[int, ...] | None = None
+
+    @functools.cached_property
+    def _axes(self) -> tuple[tuple[int, ...], ...]:
+        """The axes of outer, of before, of the channels and of after."""
+        order = self.permutation or tuple(range(len(self.shape)))
+        places = (0, *self.ends, len(order))
+        return tuple(order[first:end] for first, end in itertools.pairwise(places))
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.ends, self.groups, self.per, self.permutation))
+
+    def __hash__(self):
+        # Part of every Norm's, which is looked up by at every call.
+        return self._hash
+
+    def _extent(self, part: int) -> int | None:
+        return _product(self.shape[axis] for axis in self._axes[part])
+
+    @property
+    def outer(self) -> int | None:
+        """The extent of the leading axes, as a rule the batch."""
+        return self._extent(0)
+
+    @property
+    def before(self) -> int | None:
+        """The extent of the positions between outer and the channels."""
+        return self._extent(1)
+
+    @property
+    def members(self) -> int | None:
+        """How many channels a group has."""
+        channels = self._extent(2)
+        if self.groups == channels:
+            return 1
+        return None if channels is None else channels // self.groups
+
+    @property
+    def after(self) -> int | None:
+        """The extent of the positions after the channels."""
+        return self._extent(3)
 
     @property
     def extents(self) -> Shape:
         """The five extents in order."""
         return (self.outer, self.before, self.groups, self.members, self.after)
+
+    @functools.cached_property
+    def set_axes(self) -> tuple[int, ...]:
+        """Axes of the input that lie wholly inside a set, ascending."""
+        outer, before, channels, after = self._axes
+        inside = before
+        if "outer" not in self.per:
+            inside += outer
+        if "groups" not in self.per or self.groups == 1:
+            inside += channels
+        if not self.keeps_after:
+            inside += after
+        return tuple(sorted(inside))
+
+    @property
+    def parameter_axes(self) -> tuple[int, ...]:
+        """Axes of the input that gamma and beta span, ascending."""
+        return self._axes[2]
+
+    @property
+    def keeps_after(self) -> bool:
+        """Whether positions after the channels tell sets apart: layer norm over a middle axis."""
+        return "after" in self.per
+
+    def statistics_shape(self, shape: Iterable) -> tuple:
+        """The shape of the statistics of an input of `shape`: means, then 1 / standard deviations.
+
+        It leads with the axes of outer, so that whoever splits a batch splits these alike.
+        """
+        outer_end, _, channels_end = self.ends
+        shape = tuple(shape)
+        kept = shape[channels_end:] if self.keeps_after else (self.groups,)
+        return (*shape[:outer_end], 2, *kept)
+
+    def batched(self) -> "Geometry":
+        """The same sets in an input with one more axis in front, which tells sets apart too."""
+        return dataclasses.replace(
+            self,
+            shape=(None, *self.shape),
+            ends=tuple(end + 1 for end in self.ends),
+            per=self.per if "outer" in self.per else ("outer", *self.per),
+            permutation=self.permutation and (0, *(axis + 1 for axis in self.permutation)),
+        )
 
     @property
     def parameter_shape(self) -> Shape:
@@ -176,17 +256,7 @@ def batch(shape: Iterable[int | None], axis: int = -1) -> Geometry:
     """
     shape = _as_shape(shape)
     (channel,) = _canonical((check_channel_axis(axis),), shape)
-    return Geometry(
-        shape=shape,
-        outer=1,
-        before=_product(shape[:channel]),
-        groups=shape[channel],
-        members=1,
-        after=_product(shape[channel + 1 :]),
-        per=("groups",),
-        set_axes=tuple(a for a in range(len(shape)) if a != channel),
-        parameter_axes=(channel,),
-    )
+    return Geometry(shape, (0, channel, channel + 1), shape[channel], per=("groups",))
 
 
 def check_groups(groups) -> int:
@@ -253,19 +323,7 @@ def _group(shape: Shape, axis: int, groups: int) -> Geometry:
             f"groups={groups} {wrong} the {channels} channels on axis {axis} of shape {shape}; "
             f"use {_choices(_divisors(channels))}"
         )
-    members = 1 if groups == INSTANCE else channels // count
-    inside = tuple(a for a in range(1, len(shape)) if a != channel or count == 1)
-    return Geometry(
-        shape=shape,
-        outer=shape[0],
-        before=_product(shape[1:channel]),
-        groups=count,
-        members=members,
-        after=_product(shape[channel + 1 :]),
-        per=("outer", "groups"),
-        set_axes=inside,
-        parameter_axes=(channel,),
-    )
+    return Geometry(shape, (1, channel, channel + 1), count, per=("outer", "groups"))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -291,41 +349,26 @@ def _layer(shape: Shape, axis: tuple[int, ...]) -> Geometry:
     axes = _canonical(axis, shape)
     kept = tuple(a for a in range(len(shape)) if a not in axes)
     first, last = axes[0], axes[-1]
-    contiguous = last - first + 1 == len(axes)
-    leading, trailing = (
-        (shape[:first], shape[last + 1 :])
-        if contiguous
-        else (
-            tuple(shape[a] for a in kept),
-            (),
-        )
-    )
-    return Geometry(
-        shape=shape,
-        outer=_product(leading),
-        before=1,
-        groups=1,
-        members=_product(shape[a] for a in axes),
-        after=_product(trailing),
-        per=("outer", "after") if trailing else ("outer",),
-        set_axes=axes,
-        parameter_axes=axes,
-        permutation=None if contiguous else kept + axes,
-    )
+    if last - first + 1 == len(axes):
+        per = ("outer", "after") if last + 1 < len(shape) else ("outer",)
+        return Geometry(shape, (first, first, last + 1), 1, per)
+    ends = (len(kept), len(kept), len(shape))
+    return Geometry(shape, ends, 1, ("outer",), permutation=kept + axes)
 
 
 def _as_shape(shape: Iterable[int | None], axes: Iterable[int] = ()) -> Shape:
     """A shape of ints, None where the extent is a symbol that only the call will know.
 
-    PyTorch's tracer counts every extent in a tensor. Those on `axes`, which gamma and beta span,
-    are as fixed as a weight; the others stay open.
+    PyTorch's tracer counts every extent in a tensor, and its exporters in symbols. Those on `axes`,
+    which gamma and beta span, are as fixed as a weight; the others stay open.
     """
     shape = tuple(shape)
     if not all(type(e) is int for e in shape):
         fixed = {axis + len(shape) if axis < 0 else axis for axis in axes}
         shape = tuple(
             int(e)
-            if isinstance(e, numbers.Integral) or (axis in fixed and hasattr(e, "item"))
+            if isinstance(e, numbers.Integral)
+            or (axis in fixed and (hasattr(e, "item") or hasattr(e, "node")))
             else None
             for axis, e in enumerate(shape)
         )

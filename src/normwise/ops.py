@@ -14,10 +14,19 @@ in float32 otherwise. Sets without variance give beta, empty inputs empty output
 infinity stays in its set. See docs/numerics.md for the bounds.
 """
 
+import functools
+
 import keras
 
-from normwise import checks, dispatch, geometry, kernels
-from normwise.kernels import library
+from normwise import activations, dispatch, geometry
+from normwise.norm import (
+    Norm,
+    Operands,
+    check_dtype,
+    check_epsilon,
+    check_shapes,
+    dtype_name,
+)
 
 __all__ = ["filter_response_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -242,16 +251,16 @@ def filter_response_norm(
     return _call(FilterResponseNorm, *tensors, **options, dtype=dtype)
 
 
-def _call(operation, *tensors, **options):
-    if any(isinstance(tensor, keras.KerasTensor) for tensor in tensors):
-        return operation(**options)(*tensors)
-    return operation.compute(*tensors, **options)
+def _call(operation, x, *operands, **options):
+    if any(isinstance(tensor, keras.KerasTensor) for tensor in (x, *operands)):
+        return operation(**options)(x, *operands)
+    return operation.compute(x, *operands, **options)
 
 
-class _Norm(keras.Operation):
+class _Operation(keras.Operation):
     """A norm as a node of a functional model: the options of its function, kept for saving."""
 
-    centred = True
+    subtract_mean = True
     geometry = staticmethod(geometry.layer)
 
     def __init__(self, *, name=None, **options):
@@ -259,75 +268,77 @@ class _Norm(keras.Operation):
         options["activation"] = keras.activations.get(options["activation"])
         self.options = options
 
-    def call(self, x, gamma=None, beta=None, mask=None, learned_epsilon=None):
-        return self.compute(x, gamma, beta, mask, learned_epsilon, **self.options)
+    def call(self, x, *operands):
+        return self.compute(x, *operands, **self.options)
 
-    def compute_output_spec(self, x, gamma=None, beta=None, mask=None, learned_epsilon=None):
-        options = dict(self.options)
-        checks.check_epsilon(options.pop("epsilon"))
-        _, dtype, _ = _dtypes(x, options.pop("dtype"))
-        del options["activation"]
-        checks.check_shapes(self.geometry(x.shape, **options), gamma, beta, mask, learned_epsilon)
-        return keras.KerasTensor(x.shape, dtype=dtype)
+    def compute_output_spec(self, x, *operands):
+        options = {**self.options, "activation": activations.IDENTITY}
+        norm = self.norm(x, Operands(*operands), **options)
+        check_shapes(norm.geometry, Operands(*operands))
+        return keras.KerasTensor(x.shape, dtype=norm.y_dtype)
 
     def get_config(self):
         activation = keras.activations.serialize(self.options["activation"])
         return {"name": self.name, **self.options, "activation": activation}
 
     @classmethod
-    def compute(
-        cls, x, gamma, beta, mask, learned_epsilon=None, *, epsilon, activation, dtype, **where
-    ):
-        """Check the arguments, choose a kernel for their geometry and run it."""
-        epsilon = checks.check_epsilon(epsilon)
-        x = keras.ops.convert_to_tensor(x)
-        given, dtype, arithmetic = _dtypes(x, dtype)
-        plan = cls.geometry(x.shape, **where)
-        gamma, beta = _parameter(gamma, arithmetic), _parameter(beta, arithmetic)
-        mask = mask if mask is None else keras.ops.convert_to_tensor(mask)
-        learned_epsilon = _parameter(learned_epsilon, arithmetic)
-        checks.check_shapes(plan, gamma, beta, mask, learned_epsilon)
-        through = kernel_dtype(given, dtype)
-        choice = dispatch.choose(
-            plan,
-            dtype=through,
-            epsilon=epsilon if learned_epsilon is None else None,
-            masked=mask is not None,
-            centred=cls.centred,
-            x=x,
-        )
-        if learned_epsilon is not None:
-            epsilon = epsilon + keras.ops.abs(keras.ops.reshape(learned_epsilon, ()))
-        options = {"epsilon": epsilon, "centred": cls.centred}
+    def norm(cls, x, operands, *, epsilon, activation=activations.IDENTITY, dtype=None, **where):
+        """What a call is: the Norm of an `x`, with operands, one of activations, and options."""
+        given = check_dtype(x)
+        if dtype is None:
+            dtype = given if "float" in given else keras.config.floatx()
+        dtype = dtype_name(dtype)
+        if "float" not in dtype:
+            raise ValueError(
+                f"dtype={dtype} cannot hold a normalized value; use a float dtype, as "
+                "dtype='float32'"
+            )
+        sets, epsilon = cls.geometry(x.shape, **where), check_epsilon(epsilon)
+        return _norm(sets, given, dtype, epsilon, cls.subtract_mean, activation, operands.lie())
+
+    @classmethod
+    def compute(cls, x, *operands, activation, **options):
+        """Say what the call is, choose a kernel for it and run it."""
+        if type(x).__name__ == "RaggedTensor":
+            return cls._compute_ragged(x, *operands, activation=activation, **options)
+        x = keras.ops.convert_to_tensor(x, sparse=False)
+        operands = Operands(*operands)
         activation = keras.activations.get(activation)
-        if choice.kernel == "native":
-            fused = library.activation(activation)
-            if fused is not None:
-                options["activation"], activation = fused, None
-        else:
-            through = arithmetic
-        if mask is not None:
-            trailing = (1,) * (len(x.shape) - len(mask.shape))
-            mask = keras.ops.reshape(mask, keras.ops.shape(mask) + trailing)
-            options["mask"] = keras.ops.cast(mask, "bool")
-        if given != through:
-            x = keras.ops.cast(x, through)
-        normalize = kernels.find(choice.kernel, keras.backend.backend())
-        y = normalize(x, gamma, beta, plan, **options)
-        if through != dtype:
-            y = keras.ops.cast(y, dtype)
-        return y if activation is None else activation(y)
+        fused = activations.find(activation)
+        norm = cls.norm(x, operands, activation=fused or activations.IDENTITY, **options)
+        operands = _tensors(operands, norm.arithmetic)
+        check_shapes(norm.geometry, operands)
+        if operands.mask is not None:
+            operands = operands._replace(mask=_beside(x, operands.mask))
+        y = dispatch.choose(norm, x).run(norm, x, operands)
+        return activation(y) if fused is None else y
+
+    @classmethod
+    def _compute_ragged(cls, x, *operands, epsilon, activation, dtype, **where):
+        """The norm of TensorFlow's RaggedTensor, whose inner axes are those of its flat values."""
+        set_axes = cls.geometry(x.shape, **where).set_axes
+        ragged = x.ragged_rank
+        if min(set_axes) <= ragged or any(operand is not None for operand in operands[2:]):
+            raise ValueError(
+                f"x of shape {tuple(x.shape)} is ragged up to axis {ragged}, and a norm over axis "
+                f"{list(set_axes)}, or one with a mask, needs sets of known size; normalize over "
+                f"axes past {ragged}, or pass x.to_tensor() with a mask"
+            )
+        options = {"epsilon": epsilon, "activation": activation, "dtype": dtype}
+        axis = [axis - ragged for axis in set_axes]
+        y = cls.compute(x.flat_values, *operands, axis=axis, **options)
+        return x.with_flat_values(y)
 
 
 @keras.saving.register_keras_serializable("normwise")
-class GroupNorm(_Norm):
+class GroupNorm(_Operation):
     """`group_norm` as a node of a functional model."""
 
     geometry = staticmethod(geometry.group)
 
 
 @keras.saving.register_keras_serializable("normwise")
-class InstanceNorm(_Norm):
+class InstanceNorm(_Operation):
     """`instance_norm` as a node of a functional model."""
 
     @staticmethod
@@ -337,22 +348,22 @@ class InstanceNorm(_Norm):
 
 
 @keras.saving.register_keras_serializable("normwise")
-class LayerNorm(_Norm):
+class LayerNorm(_Operation):
     """`layer_norm` as a node of a functional model."""
 
 
 @keras.saving.register_keras_serializable("normwise")
-class RMSNorm(_Norm):
+class RMSNorm(_Operation):
     """`rms_norm` as a node of a functional model."""
 
-    centred = False
+    subtract_mean = False
 
 
 @keras.saving.register_keras_serializable("normwise")
-class FilterResponseNorm(_Norm):
+class FilterResponseNorm(_Operation):
     """`filter_response_norm` as a node of a functional model."""
 
-    centred = False
+    subtract_mean = False
     geometry = staticmethod(geometry.response)
 
 
@@ -365,7 +376,7 @@ _OPERATIONS = {
 }
 
 
-def operation_of(function) -> type[_Norm]:
+def operation_of(function) -> type[_Operation]:
     """The operation behind one of this module's functions."""
     if function not in _OPERATIONS:
         raise TypeError(f"{function!r} is no norm; pass a function of normwise.ops, or a layer")
@@ -379,32 +390,31 @@ def geometry_of(function, shape, **where) -> geometry.Geometry:
     return operation.geometry(shape, **{**defaults, **where})
 
 
-def kernel_dtype(given: str, result: str) -> str:
-    """The one dtype that a kernel reads and writes, for an input and a result of these."""
-    if given == result:
-        return given
-    return "float64" if "float64" in (given, result) else "float32"
+# Looked up at every call: of a tiny norm's time, to make a Norm and its hash is a good part.
+_norm = functools.lru_cache(maxsize=1024)(Norm)
 
 
-def _dtypes(x, dtype) -> tuple[str, str, str]:
-    """The dtypes of x and of the result, and the one to calculate in."""
-    given = checks.check_dtype(x)
-    if dtype is None:
-        dtype = given if "float" in given else keras.config.floatx()
-    dtype = checks.dtype_name(dtype)
-    if "float" not in dtype:
-        raise ValueError(
-            f"dtype={dtype} cannot hold a normalized value; use a float dtype, as dtype='float32'"
-        )
-    return given, dtype, "float64" if "float64" in (given, dtype) else "float32"
+def _tensors(operands: Operands, arithmetic: str) -> Operands:
+    """The operands as tensors: the mask of its own dtype, all else of that of the arithmetic."""
+    gamma, beta, mask, learned_epsilon = operands
+    return Operands(
+        _parameter(gamma, arithmetic),
+        _parameter(beta, arithmetic),
+        mask if mask is None else keras.ops.convert_to_tensor(mask),
+        _parameter(learned_epsilon, arithmetic),
+    )
+
+
+def _beside(x, mask):
+    """The mask as bool and with as many axes as `x`, whose first ones it has."""
+    trailing = (1,) * (len(x.shape) - len(mask.shape))
+    return keras.ops.cast(keras.ops.reshape(mask, keras.ops.shape(mask) + trailing), "bool")
 
 
 def _parameter(value, dtype: str):
-    """Gamma or beta as a tensor of this dtype. Of a tiny norm's 25 us it took Keras 6 to find out
-    that they are, and 12 to take them out of its variables.
-    """
+    """Gamma or beta as a tensor of this dtype, by a shorter way than Keras's where it is one."""
     if isinstance(value, keras.Variable):
         value = value.value
-    if value is None or (keras.ops.is_tensor(value) and checks.dtype_name(value.dtype) == dtype):
+    if value is None or (keras.ops.is_tensor(value) and dtype_name(value.dtype) == dtype):
         return value
     return keras.ops.convert_to_tensor(value, dtype=dtype)

@@ -1,30 +1,80 @@
-"""The kernels: how a norm is computed once its geometry is known.
+"""The kernels: how a norm is computed once it is known what it is.
+
+A backend has a list of them, the best first. Whoever has an engine adds it in front:
+
+>>> import numpy as np
+>>> from normwise import kernels
+>>> def forward(norm, x, gamma, beta, y, statistics):
+...     y[...] = x - x.mean(-1, keepdims=True)
+>>> engine = kernels.Engine("half", lambda norm: None, forward, backward=None)
+>>> kernels.add(engine)
+>>> [kernel.name for kernel in kernels.listed()][0]
+'half'
+>>> kernels.remove("half")
 
 No other package imports a framework.
 """
 
 import functools
-from collections.abc import Callable
+
+import keras
 
 from normwise.kernels import composite
+from normwise.kernels.kernel import Engine, Kernel
+
+__all__ = ["Engine", "Kernel", "add", "listed", "remove"]
+
+_added: tuple[Kernel, ...] = ()
 
 
-@functools.cache
-def find(name: str, backend: str) -> Callable:
-    """The function that calculates a norm: `name` is that of a dispatch.Choice."""
-    if name == "composite":
-        return composite.normalize
-    module = _module(backend)
-    return {"native": module.normalize, "torch": getattr(module, "fused", None)}[name]
+def listed() -> tuple[Kernel, ...]:
+    """The kernels of Keras's backend, in the order in which they are asked."""
+    return _added + _own()
 
 
-@functools.cache
-def obstacle(backend: str) -> Callable:
-    """The function of x that says why a backend cannot run the native kernels on it, or None."""
+def add(engine: Engine):
+    """Have Keras's backend ask an engine before all other kernels, from now on.
+
+    Args:
+        engine: its passes are called with NumPy arrays, on the CPU.
+
+    Raises:
+        ValueError: there is a kernel of that name already, or the backend takes no engine.
+    """
+    global _added
+    backend = keras.backend.backend()
+    if engine.name in [kernel.name for kernel in listed()]:
+        raise ValueError(
+            f"engine {engine.name!r} has the name of another kernel; remove that one with "
+            f"kernels.remove({engine.name!r}), or choose another name"
+        )
     module = _module(backend)
     if module is None:
-        return lambda x: f"Keras's backend {backend} cannot call native kernels"
-    return module.obstacle
+        raise ValueError(f"Keras's backend {backend} takes no engine; use tensorflow, jax or torch")
+    _added = (module.kernel_of(engine), *_added)
+
+
+def remove(name: str):
+    """Take back an engine that was added, by its name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    global _added
+    names = [kernel.name for kernel in _added]
+    if name not in names:
+        raise ValueError(f"engine {name!r} was not added; those that were are {names}")
+    _added = tuple(kernel for kernel in _added if kernel.name != name)
+
+
+@functools.cache
+def _own() -> tuple[Kernel, ...]:
+    backend = keras.backend.backend()
+    module = _module(backend)
+    if module is not None:
+        return module.KERNELS
+    reason = f"Keras's backend {backend} cannot call native kernels"
+    return (Kernel("native", lambda norm, x: reason, run=None), composite.COMPOSITE)
 
 
 def _module(backend: str):

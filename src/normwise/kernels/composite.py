@@ -7,52 +7,90 @@ large tensor is ever reshaped or transposed, and unknown extents and sharded axe
 from keras import ops
 
 from normwise.geometry import Geometry
+from normwise.kernels.kernel import Kernel
+from normwise.norm import NONE, Norm, Operands
+
+# The smallest normal numbers: an epsilon below may count as 0, as processors flush it.
+SMALLEST = {"float32": 2.0**-126, "float64": 2.0**-1022}
 
 
-def normalize(x, gamma, beta, geometry: Geometry, *, epsilon, centred: bool, mask=None):
-    """Normalize every set of `x` and apply gamma and beta.
-
-        centred:      y = gamma * (x - mean) / sqrt(var + epsilon) + beta
-        not centred:  y = gamma * x / sqrt(mean(x^2) + epsilon) + beta
+def run(norm: Norm, x, operands: Operands, *, how=None):
+    """A norm as `norm` describes it, from `norm.x_dtype` to `norm.y_dtype`.
 
     Args:
-        x: float32 or float64 tensor of `geometry.shape`, the dtype of the arithmetic.
-        gamma, beta: tensors of `geometry.parameter_shape` and the dtype of x, or None.
-        geometry: which elements share their statistics.
-        epsilon: added to the variance: a number, or a tensor () of the dtype of x.
-        centred: whether the mean is subtracted.
-        mask: None, or a bool tensor of the rank of x that broadcasts to it; False leaves the
-            element out of the statistics. A set with no element left has mean 0 and variance 1.
-            A NaN or an infinity that is masked is read as 0.
+        norm: what the call is.
+        x: tensor of `norm.geometry.shape`.
+        operands: the tensors that come with it.
+        how: what `normalize` does, by other means.
 
     Returns:
-        A tensor of the shape and dtype of x.
+        A tensor of the shape of x.
+    """
+    if norm.x_dtype != norm.arithmetic:
+        x = ops.cast(x, norm.arithmetic)
+    y = norm.activation((how or normalize)(norm, x, operands))
+    return y if norm.y_dtype == norm.arithmetic else ops.cast(y, norm.y_dtype)
+
+
+def normalize(norm: Norm, x, operands: Operands, *, differentiable=True):
+    """Normalize every set of `x` and apply gamma and beta, all in the dtype of the arithmetic.
 
     Numerics: the mean is taken of x - x0, where x0 is an element of the set, and the variance of
     what is left when that mean is subtracted too. So equal elements give exactly beta, and no sum
-    ever grows with the mean: see docs/numerics.md.
+    ever grows with the mean: see docs/numerics.md. With a mask a set with no element left has mean
+    0 and variance 1, and a NaN or an infinity that is masked is read as 0.
     """
+    geometry, (gamma, beta, mask, _) = norm.geometry, operands
+    per_channel = geometry.parameter_axes != geometry.set_axes
     if mask is not None:
-        deviation, variance = _masked_moments(x, mask, geometry, centred=centred)
-    elif not centred:
+        deviation, variance = _masked_moments(x, mask, geometry, norm.subtract_mean)
+    elif not norm.subtract_mean:
         deviation = x
         variance = total(ops.square(x), geometry) / set_size(x, geometry)
-    elif geometry.parameter_axes == geometry.set_axes:
-        deviation, variance = _moments(x, geometry)
+    elif per_channel and differentiable:
+        return _normalize_channels(norm, x, operands)
     else:
-        return _normalize_channels(x, gamma, beta, geometry, epsilon)
+        deviation, variance = _moments(x, geometry)
 
-    scale = _inverse_root(variance, epsilon)
+    scale = _inverse_root(norm, variance, operands)
     if gamma is None:
         y = deviation * scale
-    elif centred or geometry.parameter_axes != geometry.set_axes:
+    elif norm.subtract_mean or per_channel:
         y = deviation * (scale * _spread(gamma, geometry))
     else:
-        # RMS norm's product of scale and gamma is as large as x, and JAX gains nothing by it: at
-        # (8, 64, 64, 256) it trains 1.2 times as fast so. Layer norm does: its forward pass at
-        # (32, 26, 26, 10) takes 0.8 of the time with the product.
+        # The product of scale and gamma would be as large as x, and RMS norm gains nothing by it.
+        # Layer norm does: `make bench` has both.
         y = deviation * scale * _spread(gamma, geometry)
     return y if beta is None else y + _spread(beta, geometry)
+
+
+def statistics(norm: Norm, x):
+    """What an engine keeps of the forward pass, as csrc/normwise.h defines it, of a plain `x`.
+
+    Returns:
+        A tensor of `norm.geometry.statistics_shape(x.shape)` and the dtype of the arithmetic.
+    """
+    geometry = norm.geometry
+    shape = list(geometry.statistics_shape(ops.shape(x)))
+    where = geometry.ends[0]
+    del shape[where]
+    x = ops.cast(x, norm.arithmetic)
+    count = set_size(x, geometry)
+    mean = total(x, geometry) / count
+    if norm.subtract_mean:
+        x = x - mean
+        rest = total(x, geometry) / count
+        x, mean = x - rest, mean + rest
+    else:
+        mean = ops.zeros_like(mean)
+    variance = total(ops.square(x), geometry) / count
+    each = (mean, _inverse_root(norm, variance, NONE))
+    if geometry.splits_channels:
+        # One of the members of a group, which all have its statistics.
+        (channel,) = geometry.parameter_axes
+        members = (slice(None),) * channel + (slice(None, None, geometry.members),)
+        each = (tensor[members] for tensor in each)
+    return ops.stack([ops.reshape(tensor, shape) for tensor in each], axis=where)
 
 
 def _moments(x, geometry: Geometry):
@@ -65,15 +103,16 @@ def _moments(x, geometry: Geometry):
     return deviation, total(ops.square(deviation), geometry) / count
 
 
-def _normalize_channels(x, gamma, beta, geometry: Geometry, epsilon: float):
+def _normalize_channels(norm: Norm, x, operands: Operands):
     """_moments and their use, where gamma and beta are per channel: small tensors beside x.
 
     The gradient of the mean takes its way through these small tensors, in `rest`, instead of
-    through x: a pass less over x backward (training is 1.1 to 1.2 times as fast on TensorFlow).
-    With centre = stop(mean) and rest = mean - centre, which is also the mean of shifted - centre,
-    the variance is mean((shifted - centre)^2) - rest^2: as functions, with all their derivatives,
-    not only at the value rest = 0.
+    through x, which spares training a pass over x. With centre = stop(mean) and
+    rest = mean - centre, which is also the mean of shifted - centre, the variance is
+    mean((shifted - centre)^2) - rest^2: as functions, with all their derivatives, not only at the
+    value rest = 0.
     """
+    geometry, (gamma, beta, *_) = norm.geometry, operands
     count = set_size(x, geometry)
     shifted = x - ops.stop_gradient(_first(x, geometry))
     mean = total(shifted, geometry) / count
@@ -81,14 +120,14 @@ def _normalize_channels(x, gamma, beta, geometry: Geometry, epsilon: float):
     rest = mean - centre
     variance = total(ops.square(shifted - centre), geometry) / count - ops.square(rest)
 
-    scale = _inverse_root(variance, epsilon)
+    scale = _inverse_root(norm, variance, operands)
     if gamma is not None:
         scale = scale * _spread(gamma, geometry)
     offset = mean * scale
     return shifted * scale - (offset if beta is None else offset - _spread(beta, geometry))
 
 
-def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
+def _masked_moments(x, mask, geometry: Geometry, subtract_mean: bool):
     """The deviation of all of `x`, and the variance of the elements that `mask` keeps."""
     keep = ops.broadcast_to(mask, ops.shape(x))
     # Else a masked NaN would reach every gradient of its set as 0 * NaN.
@@ -97,7 +136,7 @@ def _masked_moments(x, mask, geometry: Geometry, *, centred: bool):
     some = count > 0
     count = ops.maximum(count, 1)
     deviation = x
-    if centred:
+    if subtract_mean:
         # The first element may be masked, so the shift is the mean: rounded as it is, and without
         # an element kept 0. The mean of what it leaves is subtracted too.
         mean = ops.stop_gradient(total(ops.where(keep, x, 0), geometry) / count)
@@ -114,15 +153,18 @@ def _spread(parameter, geometry: Geometry):
     return ops.reshape(parameter, geometry.broadcast_shape(ops.shape(parameter)))
 
 
-def _inverse_root(variance, epsilon):
+def _inverse_root(norm: Norm, variance, operands: Operands):
     """1 / sqrt(variance + epsilon), and 0 where that has no value: equal elements at epsilon 0.
 
     By a root and a quotient: XLA makes a reciprocal root of them, but finds a shorter derivative
-    than that of `rsqrt` (RMS norm at (32, 26, 26, 10) trains 1.2 times as fast on JAX).
+    than that of `rsqrt`.
     """
+    epsilon = norm.epsilon
+    if operands.learned_epsilon is not None:
+        epsilon = epsilon + ops.abs(ops.reshape(operands.learned_epsilon, ()))
+    elif epsilon >= SMALLEST[norm.arithmetic]:
+        return 1 / ops.sqrt(variance + epsilon)
     radicand = variance + epsilon
-    if not ops.is_tensor(epsilon) and epsilon > 0:
-        return 1 / ops.sqrt(radicand)
     defined = radicand != 0
     return ops.where(defined, ops.rsqrt(ops.where(defined, radicand, 1)), 0)
 
@@ -130,10 +172,9 @@ def _inverse_root(variance, epsilon):
 def total(x, geometry: Geometry):
     """The sum over each set, in a shape that broadcasts against the input.
 
-    Axis by axis, the last first: over two axes at a time TensorFlow takes 1.4 times as long at
-    (32, 26, 26, 10), and 1.7 times at (8, 64, 64, 256). Where a set takes some of the channels, the
-    members of a group go last, for a sum over both would walk memory in steps of a few elements (as
-    Keras does, 1.3 to 4 times slower on all three backends).
+    Axis by axis, the last first: TensorFlow takes longer over two axes at a time. Where a set takes
+    some of the channels, the members of a group go last, for a sum over both would walk memory in
+    steps of a few elements, as Keras does. docs/kernels.md has the times.
     """
     for axis in reversed(geometry.set_axes):
         x = ops.sum(x, axis=axis, keepdims=True)
@@ -166,4 +207,9 @@ def set_size(x, geometry: Geometry):
     size = geometry.members if geometry.splits_channels else 1
     for axis in geometry.set_axes:
         size = size * extents[axis]
+    if hasattr(size, "node"):  # a symbol of torch's exporters, which is to stay one
+        return max(size, 1)
     return ops.maximum(ops.cast(size, x.dtype), 1)
+
+
+COMPOSITE = Kernel("composite", lambda norm, x: None, run, engine=False)

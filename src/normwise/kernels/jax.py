@@ -1,173 +1,258 @@
-"""The native kernels as JAX primitives, differentiable to any order and in both modes.
+"""Engines as JAX primitives, differentiable to any order and in both modes.
 
-Three primitives carry a norm. `forward` and `backward` are the two entries of the library;
-`tangent` is the derivative of the first as a linear map, whose transpose is the second. On the CPU
-the first two become calls of the library, elsewhere and in exported programs what composite.py
-does; all further derivatives are those of composite.py.
+Three primitives carry a norm. `forward` and `backward` are the two passes of the engine; `tangent`
+is the derivative of the first as a linear map, whose transpose is the second. On the CPU the first
+two become calls of the engine, elsewhere and in exported programs what composite.py does; all
+further derivatives are those of composite.py.
 
 The primitives always take gamma and beta: one that is absent is an empty vector.
 """
 
 import dataclasses
 import functools
-import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src import dispatch
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from normwise.geometry import Geometry
-from normwise.kernels import composite, library
+from normwise.kernels import composite, cpu, library, private
+from normwise.kernels.kernel import Engine, Kernel
+from normwise.norm import Norm, Operands
+
+_LACKS = private.missing(private.JAX)
+_PRIVATE = {name: private.find(each.path) for name, each in private.JAX.items()}
 
 
-def normalize(
-    x,
-    gamma,
-    beta,
-    geometry: Geometry,
-    *,
-    epsilon: float,
-    centred: bool,
-    activation: library.Activation = library.IDENTITY,
-):
-    """Normalize every set of `x`, apply gamma, beta and the activation.
+def kernel_of(engine: Engine, primitives=None) -> Kernel:
+    """A kernel of an engine for arrays of the CPU.
 
     Args:
-        x: float32, float64, float16 or bfloat16 array of `geometry.shape`.
-        gamma, beta: arrays of `geometry.parameter_shape`, or None; float64 where x is, else
-            float32.
-        geometry: which elements share their statistics, and without a permutation.
-        epsilon: added to the variance.
-        centred: whether the mean is subtracted.
-        activation: applied to the result.
-
-    Returns:
-        An array of the shape and dtype of x.
+        engine: its passes and what it can do.
+        primitives: of the engine, by default those that call back to Python.
     """
-    return _normalize(x, gamma, beta, _norm(geometry, epsilon, centred, activation))
+    primitives = primitives or _Primitives(engine.name, *_callbacks(engine))
+
+    def why_not(norm, x):
+        return engine.why_not(norm) or _why_not_here()
+
+    return Kernel(engine.name, why_not, primitives.run)
 
 
-def obstacle(x) -> str | None:
-    """Why the native kernels cannot take `x` here and now, or None.
+def _why_not_here() -> str | None:
+    """Why no engine can be called here and now, or None.
 
     The primitives can go anywhere, so this is a matter of speed: on accelerators XLA fuses the
     composite, derivatives and all.
     """
+    if _LACKS is not None:
+        return _LACKS
     if jax.default_backend() != "cpu":
         return f"the native kernels run on the CPU, and JAX runs on {jax.default_backend()}"
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Norm:
-    """What a call is, beside its arrays: the static parameter of the primitives."""
-
-    geometry: Geometry
-    layout: library.Layout
-    epsilon: float
-    centred: bool
-    activation: library.Activation
-
-    def batched(self):
-        """The same norm of an input with one more axis in front."""
-        geometry, layout = self.geometry, self.layout
-        return dataclasses.replace(
-            self,
-            geometry=dataclasses.replace(
-                geometry,
-                shape=(None, *geometry.shape),
-                outer=None,
-                set_axes=tuple(axis + 1 for axis in geometry.set_axes),
-                parameter_axes=tuple(axis + 1 for axis in geometry.parameter_axes),
-            ),
-            layout=dataclasses.replace(
-                layout,
-                outer_end=layout.outer_end + 1,
-                before_end=layout.before_end + 1,
-                channels_end=layout.channels_end + 1,
-            ),
-        )
-
-    def attributes(self):
-        """What the handlers of csrc/jax_ffi.cc read."""
-        integers = dataclasses.asdict(self.layout)
-        integers |= {"centred": self.centred, "activation": self.activation.code}
-        reals = {"epsilon": self.epsilon, "slope": self.activation.slope}
-        return {
-            **{name: np.int64(value) for name, value in integers.items()},
-            **{name: np.float64(value) for name, value in reals.items()},
-        }
+# What the passes mean: what runs elsewhere and in exported programs, and what has the derivatives.
 
 
-# Of an eager call's 18 us at (2, 4, 6) this saves 4.
-@functools.lru_cache(maxsize=1024)
-def _norm(geometry, epsilon, centred, activation):
-    return _Norm(geometry, library.layout(geometry), epsilon, centred, activation)
+def _present(gamma, beta) -> Operands:
+    return Operands(*(p if p.size else None for p in (gamma, beta)))
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _normalize(x, gamma, beta, norm):
-    absent = jnp.zeros(0, _arithmetic(x))
-    operands = (x, *(absent if p is None else p for p in (gamma, beta)))
-    # Inside shard_map and on a mesh with explicit axes a type says how its array is split, in terms
-    # that are private to JAX and change with it. The composite's types follow by themselves.
-    if any(kind != AxisType.Auto for kind in jax.sharding.get_abstract_mesh().axis_types):
-        return _composite_y(*operands, norm=norm)
-    return _forward.bind(*operands, norm=norm)[0]
+def _meant_y(x, gamma, beta, *, norm):
+    return composite.run(norm, x, _present(gamma, beta))
 
 
-def _arithmetic(x):
-    """The dtype of the statistics and parameters of `x`."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+def _meant_forward(x, gamma, beta, *, norm):
+    # The composite has no use for the statistics, so XLA drops them again, unless a program that
+    # ends elsewhere hands them to a backward pass on the CPU.
+    return _meant_y(x, gamma, beta, norm=norm), composite.statistics(norm, x)
 
 
-def _composite_y(x, gamma, beta, *, norm):
-    gamma, beta = (p if p.size else None for p in (gamma, beta))
-    options = {"epsilon": norm.epsilon, "centred": norm.centred}
-    y = composite.normalize(x.astype(_arithmetic(x)), gamma, beta, norm.geometry, **options)
-    return norm.activation.function(y).astype(x.dtype)
+def _meant_tangent(x, gamma, beta, statistics, *tangents, norm):
+    return jax.jvp(functools.partial(_meant_y, norm=norm), (x, gamma, beta), tangents)[1]
 
 
-def _composite_forward(x, gamma, beta, *, norm):
-    return _composite_y(x, gamma, beta, norm=norm), _statistics(x, norm)
-
-
-def _composite_tangent(x, gamma, beta, statistics, *tangents, norm):
-    function = functools.partial(_composite_y, norm=norm)
-    return jax.jvp(function, (x, gamma, beta), tangents)[1]
-
-
-def _composite_backward(x, gamma, beta, statistics, dy, *, norm):
-    _, pull = jax.vjp(functools.partial(_composite_y, norm=norm), x, gamma, beta)
+def _meant_backward(x, gamma, beta, statistics, dy, *, norm):
+    _, pull = jax.vjp(functools.partial(_meant_y, norm=norm), x, gamma, beta)
     return pull(dy)
 
 
-def _statistics(x, norm):
-    """What csrc/normwise.h calls the statistics. composite.py has no use for them, so XLA drops
-    them again, unless a program that ends elsewhere hands them to a backward pass on the CPU.
+def _type(array):
+    return jax.core.ShapedArray(array.shape, array.dtype)
+
+
+def _forward_types(x, *parameters, norm):
+    statistics = norm.geometry.statistics_shape(x.shape)
+    return _type(x), jax.core.ShapedArray(statistics, jnp.dtype(norm.arithmetic))
+
+
+def _backward_types(x, gamma, beta, *others, norm):
+    return _type(x), _type(gamma), _type(beta)
+
+
+class _Primitives:
+    """The primitives of one engine, with every rule that JAX asks for.
+
+    Args:
+        name: of the engine.
+        forward, backward: its passes on arrays of the CPU, called with the operands and the Norm.
     """
-    layout = norm.layout
-    outer, before, channels, after = (
-        x.shape[slice(*ends)]
-        for ends in itertools.pairwise(
-            (0, layout.outer_end, layout.before_end, layout.channels_end, x.ndim)
+
+    def __init__(self, name, forward, backward):
+        self.forward = self._primitive(f"{name}_forward", _meant_forward, forward, _forward_types)
+        self.backward = self._primitive(
+            f"{name}_backward", _meant_backward, backward, _backward_types
         )
-    )
-    members = math.prod(channels) // layout.groups
-    x = x.astype(_arithmetic(x))
-    x = x.reshape(*outer, math.prod(before), layout.groups, members, math.prod(after))
-    inside = (-4, -3, -2) if layout.keeps_after else (-4, -2, -1)
-    mean = x.mean(inside, keepdims=True) if norm.centred else jnp.zeros_like(x, shape=())
-    radicand = jnp.square(x - mean).mean(inside) + norm.epsilon
-    inv_std = jnp.where(radicand == 0, 0, jax.lax.rsqrt(radicand))
-    mean = jnp.broadcast_to(jnp.squeeze(mean, inside) if norm.centred else mean, inv_std.shape)
-    return jnp.stack([mean, inv_std], len(outer))
+        self.tangent = self._primitive(f"{name}_tangent", _meant_tangent, None, None)
+        ad.primitive_jvps[self.forward] = self._forward_jvp
+        ad.primitive_transposes[self.tangent] = self._tangent_transpose
+        ad.primitive_jvps[self.tangent] = functools.partial(_jvp_of, _meant_tangent)
+        ad.primitive_jvps[self.backward] = functools.partial(_jvp_of, _meant_backward)
+        batching.primitive_batchers[self.forward] = self._batch_forward
+        batching.primitive_batchers[self.backward] = self._batch_backward
+        batching.primitive_batchers[self.tangent] = functools.partial(_vmap_of, _meant_tangent)
+        self._jitted = jax.jit(self._run, static_argnums=3)
+
+    def run(self, norm: Norm, x, operands: Operands):
+        """Normalize every set of `x`, apply gamma, beta and the activation."""
+        return self._jitted(x, operands.gamma, operands.beta, norm)
+
+    def _run(self, x, gamma, beta, norm):
+        uniform = norm.uniform
+        x = x.astype(uniform.x_dtype)
+        absent = jnp.zeros(0, norm.arithmetic)
+        operands = (x, *(absent if p is None else p for p in (gamma, beta)))
+        # Inside shard_map and on a mesh with explicit axes a type says how its array is split, in
+        # terms that are private to JAX and change with it. The composite's follow by themselves.
+        if any(kind != AxisType.Auto for kind in jax.sharding.get_abstract_mesh().axis_types):
+            y = _meant_y(*operands, norm=uniform)
+        else:
+            y, _ = self.forward.bind(*operands, norm=uniform)
+        return y.astype(norm.y_dtype)
+
+    @staticmethod
+    def _primitive(name, meaning, native, types):
+        """A primitive that is `native` on the CPU, if it has that, and else `meaning`."""
+        primitive = Primitive(f"normwise_{name}")
+        primitive.multiple_results = types is not None
+        primitive.def_abstract_eval(types or (lambda x, *others, norm: _type(x)))
+
+        # Of the function and not of the primitive: where jit is disabled or a NaN is sought,
+        # the primitive would only call itself.
+        def evaluate(*operands, norm):
+            if native is None:
+                return meaning(*operands, norm=norm)
+            return jax.lax.platform_dependent(
+                *operands,
+                cpu=lambda *operands: native(*operands, norm),
+                default=lambda *operands: tuple(meaning(*operands, norm=norm)),
+            )
+
+        jitted = jax.jit(evaluate, static_argnames="norm")
+
+        @primitive.def_impl
+        def _(*operands, norm):
+            with jax.disable_jit(False):
+                return jitted(*operands, norm=norm)
+
+        mlir.register_lowering(
+            primitive, mlir.lower_fun(meaning, multiple_results=primitive.multiple_results)
+        )
+        if native is not None and _LACKS is None:
+            # Else a lowering for several devices does not learn which; custom_partitioning must.
+            _PRIVATE["devices"].add(primitive)
+            mlir.register_lowering(primitive, _lowering(meaning, native), platform="cpu")
+        if _LACKS is None:
+            _PRIVATE["checks"][primitive] = functools.partial(_PRIVATE["nan_check"], primitive)
+            _PRIVATE["jets"][primitive] = functools.partial(_jet_of, meaning)
+        return primitive
+
+    def _forward_jvp(self, primals, tangents, *, norm):
+        y, statistics = self.forward.bind(*primals, norm=norm)
+        tangents = map(ad.instantiate_zeros, tangents)
+        dy = self.tangent.bind(*primals, statistics, *tangents, norm=norm)
+        # The statistics follow from x, and that way is part of every derivative by x.
+        return (y, statistics), (dy, ad.Zero(jax.typeof(statistics)))
+
+    def _tangent_transpose(self, dy, x, gamma, beta, statistics, *tangents, norm):
+        found = self.backward.bind(x, gamma, beta, statistics, dy, norm=norm)
+        wanted = map(ad.is_undefined_primal, tangents)
+        return [None] * 4 + [g if w else None for g, w in zip(found, wanted, strict=True)]
+
+    def _batch_forward(self, operands, axes, *, norm):
+        x, gamma, beta = operands
+        if axes[1:] != (None, None):
+            return _vmap_of(_meant_forward, operands, axes, norm=norm)
+        x = jnp.moveaxis(x, axes[0], 0)
+        return self.forward.bind(x, gamma, beta, norm=norm.of(norm.geometry.batched())), (0, 0)
+
+    def _batch_backward(self, operands, axes, *, norm):
+        x, gamma, beta, statistics, dy = operands
+        # The engine sums dgamma and dbeta over outer, where one for each is asked for.
+        if gamma.size or beta.size or None in (axes[0], axes[3], axes[4]):
+            return _vmap_of(_meant_backward, operands, axes, norm=norm)
+        x, statistics, dy = (jnp.moveaxis(operands[i], axes[i], 0) for i in (0, 3, 4))
+        batched = norm.of(norm.geometry.batched())
+        found = self.backward.bind(x, gamma, beta, statistics, dy, norm=batched)
+        return found, (0, None, None)
+
+
+def _lowering(meaning, native):
+    lower_meaning = mlir.lower_fun(meaning, multiple_results=True)
+    lower_native = mlir.lower_fun(lambda *a, norm: native(*a, norm), multiple_results=True)
+
+    def lower(context, *operands, norm):
+        # Whoever loads an exported program need not have the engine.
+        exports = context.module_context.lowering_parameters.for_export
+        return (lower_meaning if exports else lower_native)(context, *operands, norm=norm)
+
+    return lower
+
+
+def _jvp_of(meaning, primals, tangents, *, norm):
+    tangents = tuple(map(ad.instantiate_zeros, tangents))
+    return jax.jvp(functools.partial(meaning, norm=norm), tuple(primals), tangents)
+
+
+def _vmap_of(meaning, operands, axes, *, norm):
+    results = jax.vmap(functools.partial(meaning, norm=norm), tuple(axes))(*operands)
+    return results, jax.tree.map(lambda _: 0, results)
+
+
+def _jet_of(meaning, primals, series, *, norm):
+    from jax.experimental import jet
+
+    return jet.jet(functools.partial(meaning, norm=norm), tuple(primals), tuple(series))
+
+
+def _callbacks(engine: Engine):
+    """The passes of an engine that takes NumPy arrays, as calls from JAX back to Python."""
+
+    def call(engines_pass, types, operands, norm):
+        def back(*operands):
+            x, *operands = map(np.asarray, operands)
+            parameters = (p if p.size else None for p in operands[:2])
+            results = [np.zeros(kind.shape, kind.dtype) for kind in types]
+            wanted = [r if r.size or r is results[0] else None for r in results]
+            here = norm.of(dataclasses.replace(norm.geometry, shape=x.shape))
+            engines_pass(here, x, *parameters, *operands[2:], *wanted)
+            return tuple(results)
+
+        return jax.pure_callback(back, types, *operands)
+
+    def forward(x, gamma, beta, norm):
+        types = _forward_types(x, norm=norm)
+        return call(engine.forward, types, (x, gamma, beta), norm)
+
+    def backward(x, gamma, beta, statistics, dy, norm):
+        types = _backward_types(x, gamma, beta, norm=norm)
+        return call(engine.backward, types, (x, gamma, beta, statistics, dy), norm)
+
+    return forward, backward
 
 
 @functools.cache
@@ -179,41 +264,35 @@ def _register():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
 
 
-def _type(array):
-    return jax.core.ShapedArray(array.shape, array.dtype)
-
-
-def _forward_types(x, *parameters, norm):
-    statistics = norm.layout.statistics_shape(x.shape)
-    return _type(x), jax.core.ShapedArray(statistics, _arithmetic(x))
-
-
-def _backward_types(x, gamma, beta, *others, norm):
-    return _type(x), _type(gamma), _type(beta)
+def _native_call(target, types, operands, norm):
+    _register()
+    words = np.frombuffer(bytes(cpu.describe(norm)), np.int64)
+    return jax.ffi.ffi_call(target, types)(*operands, norm=words)
 
 
 def _native_forward(x, gamma, beta, norm):
-    call = jax.ffi.ffi_call("normwise_jax_forward", _forward_types(x, gamma, beta, norm=norm))
-    return call(x, gamma, beta, **norm.attributes())
+    types = _forward_types(x, norm=norm)
+    return _native_call("normwise_jax_forward", types, (x, gamma, beta), norm)
 
 
 def _native_backward(x, gamma, beta, statistics, dy, norm):
-    call = jax.ffi.ffi_call("normwise_jax_backward", _backward_types(x, gamma, beta, norm=norm))
-    return call(x, gamma, beta, statistics, dy, **norm.attributes())
+    types = _backward_types(x, gamma, beta, norm=norm)
+    operands = (x, gamma, beta, statistics, dy)
+    return _native_call("normwise_jax_backward", types, operands, norm)
 
 
 def _partitionable(native, operands_split, results_split):
     """Let XLA split `native` over the axes of outer.
 
     Args:
-        native: called with its operands and a _Norm.
+        native: called with its operands and a Norm.
         operands_split, results_split: for each operand and result whether it leads with the axes of
             outer. Results that do not are sums over them.
     """
 
     def shardings(norm, mesh, operands):
-        spec = (*operands[0].sharding.spec, *[None] * norm.layout.outer_end)
-        split = PartitionSpec(*spec[: norm.layout.outer_end])
+        spec = (*operands[0].sharding.spec, *[None] * norm.geometry.ends[0])
+        split = PartitionSpec(*spec[: norm.geometry.ends[0]])
         return tuple(
             tuple(NamedSharding(mesh, split if s else PartitionSpec()) for s in splits)
             for splits in (operands_split, results_split)
@@ -239,7 +318,7 @@ def _partitionable(native, operands_split, results_split):
 
         def axes(split, kind):
             for axis in range(len(kind.shape)):
-                if split and axis < norm.layout.outer_end:
+                if split and axis < norm.geometry.ends[0]:
                     yield f"outer{axis}"
                 else:
                     whole.append(f"whole{len(whole)}")
@@ -256,96 +335,10 @@ def _partitionable(native, operands_split, results_split):
     return call
 
 
-def _primitive(name, meaning, native):
-    """A primitive that is `native` on the CPU, and else `meaning`, as its derivatives are."""
-    primitive = Primitive(f"normwise_{name}")
-    primitive.multiple_results = True
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames="norm"))
-    # Else a lowering for several devices does not learn which, and custom_partitioning must.
-    dispatch.prim_requires_devices_during_lowering.add(primitive)
-    lower_meaning = mlir.lower_fun(meaning, multiple_results=True)
-    lower_native = mlir.lower_fun(lambda *a, norm: native(*a, norm), multiple_results=True)
-
-    def lower_on_cpu(context, *operands, norm):
-        # Whoever loads an exported program need not have the library.
-        if context.module_context.lowering_parameters.for_export:
-            return lower_meaning(context, *operands, norm=norm)
-        _register()
-        return lower_native(context, *operands, norm=norm)
-
-    mlir.register_lowering(primitive, lower_meaning)
-    mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
-    return primitive
-
-
-_forward = _primitive(
-    "forward",
-    _composite_forward,
+_NATIVE = _Primitives(
+    "native",
     _partitionable(_native_forward, (True, False, False), (True, True)),
-)
-_backward = _primitive(
-    "backward",
-    _composite_backward,
     _partitionable(_native_backward, (True, False, False, True, True), (True, False, False)),
 )
-_tangent = Primitive("normwise_tangent")
-_tangent.def_impl(jax.jit(_tangent.bind, static_argnames="norm"))
-mlir.register_lowering(_tangent, mlir.lower_fun(_composite_tangent, multiple_results=False))
 
-
-_forward.def_abstract_eval(_forward_types)
-_backward.def_abstract_eval(_backward_types)
-_tangent.def_abstract_eval(lambda x, *others, norm: _type(x))
-
-
-def _forward_jvp(primals, tangents, *, norm):
-    y, statistics = _forward.bind(*primals, norm=norm)
-    tangents = map(ad.instantiate_zeros, tangents)
-    dy = _tangent.bind(*primals, statistics, *tangents, norm=norm)
-    # The statistics follow from x, and that way is part of every derivative by x.
-    return (y, statistics), (dy, ad.Zero(jax.typeof(statistics)))
-
-
-def _tangent_transpose(dy, x, gamma, beta, statistics, *tangents, norm):
-    found = _backward.bind(x, gamma, beta, statistics, dy, norm=norm)
-    wanted = map(ad.is_undefined_primal, tangents)
-    return [None] * 4 + [g if w else None for g, w in zip(found, wanted, strict=True)]
-
-
-def _jvp_of(meaning, primals, tangents, *, norm):
-    tangents = tuple(map(ad.instantiate_zeros, tangents))
-    return jax.jvp(functools.partial(meaning, norm=norm), tuple(primals), tangents)
-
-
-ad.primitive_jvps[_forward] = _forward_jvp
-ad.primitive_transposes[_tangent] = _tangent_transpose
-ad.primitive_jvps[_tangent] = functools.partial(_jvp_of, _composite_tangent)
-ad.primitive_jvps[_backward] = functools.partial(_jvp_of, _composite_backward)
-
-
-def _vmap_of(meaning, operands, axes, *, norm):
-    results = jax.vmap(functools.partial(meaning, norm=norm), tuple(axes))(*operands)
-    return results, jax.tree.map(lambda _: 0, results)
-
-
-def _batch_forward(operands, axes, *, norm):
-    x, gamma, beta = operands
-    if axes[1:] != (None, None):
-        return _vmap_of(_composite_forward, operands, axes, norm=norm)
-    x = jnp.moveaxis(x, axes[0], 0)
-    return _forward.bind(x, gamma, beta, norm=norm.batched()), (0, 0)
-
-
-def _batch_backward(operands, axes, *, norm):
-    x, gamma, beta, statistics, dy = operands
-    # The library sums dgamma and dbeta over outer, where one for each is asked for.
-    if gamma.size or beta.size or None in (axes[0], axes[3], axes[4]):
-        return _vmap_of(_composite_backward, operands, axes, norm=norm)
-    x, statistics, dy = (jnp.moveaxis(operands[i], axes[i], 0) for i in (0, 3, 4))
-    found = _backward.bind(x, gamma, beta, statistics, dy, norm=norm.batched())
-    return found, (0, None, None)
-
-
-batching.primitive_batchers[_forward] = _batch_forward
-batching.primitive_batchers[_backward] = _batch_backward
-batching.primitive_batchers[_tangent] = functools.partial(_vmap_of, _composite_tangent)
+KERNELS = (kernel_of(cpu.ENGINE, _NATIVE), composite.COMPOSITE)

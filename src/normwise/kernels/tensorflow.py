@@ -1,27 +1,23 @@
-"""The native kernels on TensorFlow: two ops of csrc/tf_ops.cc and their gradients.
+"""Engines on TensorFlow: the native one by the two ops of csrc/tf_ops.cc, and their gradients.
 
-The gradient of the forward op is the backward op, whose own gradient is the composite's: so it has
-derivatives of every order, and the first, the one that training takes, costs one call.
+The gradient of a forward pass is a backward pass, whose own gradient is the composite's: so there
+are derivatives of every order, and the first, the one that training takes, costs one call.
 """
 
+import dataclasses
 import functools
-import struct
 import sys
 import threading
 import traceback
 
-import keras
 import numpy as np
 
-from normwise import geometry as geometries
-from normwise.geometry import Geometry
-from normwise.kernels import composite, library
+from normwise.kernels import composite, cpu, library, private
+from normwise.kernels.kernel import Engine, Kernel
+from normwise.norm import SHARED, Norm, Operands
 
 # Those whose traces leave the process, for places where the ops are unknown.
 _EXPORTERS = ("keras.src.export", "tensorflow.python.saved_model", "tensorflow.lite", "tf2onnx")
-
-_LAYOUT = ("outer_end", "before_end", "channels_end", "groups", "keeps_after")
-_OPTIONS = ("centred", "activation", "epsilon_bits", "slope_bits")
 
 # A second thread must not register the gradients again, which raises.
 _LOADING = threading.Lock()
@@ -29,68 +25,51 @@ _LOADING = threading.Lock()
 # Stands for a gamma or beta that is None; NumPy's, since a TensorFlow tensor belongs to a graph.
 _NONE = {dtype: np.zeros(0, dtype) for dtype in ("float32", "float64")}
 
-# By their numbers in enum NormwiseActivation, as functions of a tensor and the slope.
-_ACTIVATIONS = (
-    lambda z, slope: z,
-    lambda z, slope: keras.activations.leaky_relu(z, negative_slope=slope),
-    lambda z, slope: keras.activations.sigmoid(z),
-    lambda z, slope: keras.activations.tanh(z),
-    lambda z, slope: keras.activations.silu(z),
-    lambda z, slope: keras.activations.gelu(z, approximate=False),
-    lambda z, slope: keras.activations.gelu(z, approximate=True),
-)
 
-
-def normalize(
-    x,
-    gamma,
-    beta,
-    geometry: Geometry,
-    *,
-    epsilon: float,
-    centred: bool,
-    activation=library.IDENTITY,
-):
-    """Normalize every set of `x`, apply gamma and beta, then the activation.
+def kernel_of(engine: Engine, run=None) -> Kernel:
+    """A kernel of an engine for tensors of the CPU.
 
     Args:
-        x: float16, bfloat16, float32 or float64 tensor of `geometry.shape`.
-        gamma, beta: tensors of `geometry.parameter_shape` and the dtype of the arithmetic, or None.
-        geometry: which elements share their statistics; in the order of memory.
-        epsilon, centred: as in composite.normalize.
-        activation: a library.Activation.
-
-    Returns:
-        A tensor of the shape and dtype of x.
+        engine: its passes and what it can do.
+        run: of the kernel, from a uniform Norm's dtype to the same; by default one that calls back
+            to Python.
     """
-    none = _NONE["float64" if x.dtype == "float64" else "float32"]
-    y, _ = _native().normwise_forward(
-        x,
-        none if gamma is None else gamma,
-        none if beta is None else beta,
-        **_attributes(geometry, float(epsilon), centred, activation),
-    )
-    return y
+    run = run or _calling_back(engine)
+
+    def why_not(norm, x):
+        return engine.why_not(norm) or _why_not_here(x)
+
+    def cast_and_run(norm, x, operands):
+        import tensorflow as tf
+
+        if norm.x_dtype != norm.dtype:
+            x = tf.cast(x, norm.dtype)
+        y = run(norm.uniform, x, operands)
+        return y if norm.y_dtype == norm.dtype else tf.cast(y, norm.y_dtype)
+
+    return Kernel(engine.name, why_not, cast_and_run)
 
 
-def obstacle(x) -> str | None:
-    """Why the native kernels cannot take `x` here and now, or None.
+def _why_not_here(x) -> str | None:
+    """Why no engine can take `x` here and now, or None.
 
     Asked while a function is traced, it answers for the trace, which keeps what was chosen. So a
     tf.function that was called by itself fails inside another one that XLA compiles, and a concrete
     function of it, saved, loads only beside normwise: trace such a one with the composite.
     """
     import tensorflow as tf
-    from tensorflow.python.ops import control_flow_util
 
     if sys.platform == "win32":
         return "TensorFlow for Windows hides the C API that the native ops are registered with"
     # A tensor of a graph knows its device only where the program named one.
-    if "CPU" not in x.device if x.device else _has_accelerator():
-        return f"the native kernels run on the CPU, and x is on {x.device or 'an accelerator'}"
+    device = x.device if x is not None else ""
+    if "CPU" not in device if device else _has_accelerator():
+        return f"the native kernels run on the CPU, and x is on {device or 'an accelerator'}"
     if tf.executing_eagerly():
         return None
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+    if (lacks := private.missing(private.TENSORFLOW)) is not None:
+        return lacks
+    if private.find(private.TENSORFLOW["in_xla"].path)(tf.compat.v1.get_default_graph()):
         return "XLA compiles this function (jit_compile=True), and knows no native kernel"
     if _exports():
         return "this function is traced to be exported, and runs without normwise then"
@@ -117,6 +96,27 @@ def _exports() -> bool:
     )
 
 
+def _filled(parameters, arithmetic: str):
+    """Gamma and beta with vectors of no elements for those that are None."""
+    return [_NONE[arithmetic] if p is None else p for p in parameters]
+
+
+def _present(tensors) -> list[bool]:
+    """Which tensors have elements, as far as is known: gamma and beta of none stand for None."""
+    return [tensor.shape.num_elements() != 0 for tensor in tensors]
+
+
+def _run_native(norm: Norm, x, operands: Operands):
+    gamma, beta = _filled(operands[:2], norm.arithmetic)
+    y, _ = _native().normwise_forward(x, gamma, beta, norm=_described(norm))
+    return y
+
+
+@functools.lru_cache(maxsize=1024)
+def _described(norm: Norm) -> bytes:
+    return bytes(cpu.describe(norm))
+
+
 def _native():
     """The module of the two ops, loaded once per process."""
     # Not returned from inside: AutoGraph, which converts whatever a tf.function calls, makes of
@@ -128,9 +128,10 @@ def _native():
 
 @functools.cache
 def _load():
+    library.load()
+    ops = _opened[0]
     import tensorflow as tf
 
-    ops = tf.load_op_library(str(library.path()))
     if not hasattr(ops, "normwise_backward"):
         raise RuntimeError(
             f"{library.path()} gave TensorFlow {tf.__version__} no ops: either it was loaded "
@@ -142,68 +143,98 @@ def _load():
     return ops
 
 
-@functools.lru_cache(maxsize=1024)
-def _attributes(geometry: Geometry, epsilon: float, centred: bool, activation) -> dict:
-    """The attributes of both ops."""
-    layout = library.layout(geometry)
-    return {
-        **{name: getattr(layout, name) for name in _LAYOUT},
-        "centred": centred,
-        "activation": activation.code,
-        # TensorFlow's attributes of type float have 32 bits, too few for a float64 norm.
-        "epsilon_bits": _bits(epsilon),
-        "slope_bits": _bits(activation.slope),
-    }
+_opened = []
 
 
-def _bits(real: float) -> int:
-    return struct.unpack("q", struct.pack("d", real))[0]
+def _open(file: str):
+    import tensorflow as tf
 
-
-def _real(bits: int) -> float:
-    return struct.unpack("d", struct.pack("q", bits))[0]
+    _opened.append(tf.load_op_library(file))
 
 
 def _forward_gradient(op, dy, _):
     """The gradients of sum(y * dy) by x, gamma and beta; nobody else sees the statistics."""
-    attributes = {name: op.get_attr(name) for name in (*_LAYOUT, *_OPTIONS)}
-    return _native().normwise_backward(*op.inputs, op.outputs[1], dy, **attributes)
+    norm = op.get_attr("norm")
+    return _native().normwise_backward(*op.inputs, op.outputs[1], dy, norm=norm)
 
 
 def _backward_gradient(op, *cotangents):
     """The gradients of sum(dx * ddx) + ... by x, gamma, beta and dy, through the composite."""
+    x, gamma, beta, _, dy = op.inputs
+    lie = Operands(*(SHARED if there else None for there in _present((gamma, beta))))
+    norm = cpu.norm_of(op.get_attr("norm"), x.shape, x.dtype.name, lie)
+    *found, by_dy = _second(norm, x, gamma, beta, dy, cotangents)
+    return (*found, None, by_dy)
+
+
+def _second(norm: Norm, x, gamma, beta, dy, cotangents):
+    """The gradients of the backward pass by x, gamma, beta and dy, through the composite."""
     import tensorflow as tf
 
-    x, gamma, beta, _, dy = op.inputs
-    geometry = _geometry(x.shape, *(op.get_attr(name) for name in _LAYOUT))
-    epsilon, slope = (_real(op.get_attr(name)) for name in ("epsilon_bits", "slope_bits"))
-    activate = _ACTIVATIONS[op.get_attr("activation")]
-
-    # Without the gamma and beta of no elements, which stand for None.
-    present = [True, *(p.shape.num_elements() != 0 for p in (gamma, beta))]
-    given = [p for p, there in zip((x, gamma, beta), present, strict=True) if there]
+    present = [True, *_present((gamma, beta))]
+    inputs = [t if there else None for t, there in zip((x, gamma, beta), present, strict=True)]
+    given = [t for t in inputs if t is not None]
     cotangents = [c for c, there in zip(cotangents, present, strict=True) if there]
     with tf.GradientTape() as outer:
         outer.watch([*given, dy])
         with tf.GradientTape() as inner:
             inner.watch(given)
-            y = composite.normalize(
-                tf.cast(x, gamma.dtype),
-                gamma if present[1] else None,
-                beta if present[2] else None,
-                geometry,
-                epsilon=epsilon,
-                centred=op.get_attr("centred"),
-            )
-            y = tf.cast(activate(y, slope), x.dtype)
+            y = composite.run(norm, x, Operands(*inputs[1:]))
         first = inner.gradient(y, given, dy)
     *second, by_dy = outer.gradient(first, [*given, dy], cotangents)
     second = iter(second)
-    return (*(next(second) if there else None for there in present), None, by_dy)
+    return [*(next(second) if there else None for there in present), by_dy]
 
 
-def _geometry(shape, outer_end, before_end, channels_end, groups, keeps_after) -> Geometry:
-    """A geometry of this layout: the inverse of library.layout."""
-    if outer_end == before_end and groups == 1 and (keeps_after or channels_end == len(shape)):
-        return geometries.layer(shape, tuple(range(before_end, channels_end)))
-    return geometries.group(shape, before_end, groups)
+def _calling_back(engine: Engine):
+    """The `run` of an engine that takes NumPy arrays, as calls from TensorFlow back to Python."""
+    import tensorflow as tf
+
+    def call(engines_pass, norm, operands, results):
+        def back(*arrays):
+            x, *arrays = arrays
+            here = norm.of(dataclasses.replace(norm.geometry, shape=x.shape))
+            made = [np.zeros(shape(arrays, x), dtype) for shape, dtype in results]
+            given = (a if a.size else None for a in arrays[:2])
+            wanted = (m if m.size or m is made[0] else None for m in made)
+            engines_pass(here, x, *given, *arrays[2:], *wanted)
+            return made
+
+        return tf.numpy_function(back, operands, [dtype for _, dtype in results], stateful=False)
+
+    def forward(norm, *operands):
+        statistics = norm.geometry.statistics_shape
+        shapes = (lambda _, x: x.shape), (lambda _, x: statistics(x.shape))
+        results = zip(shapes, (norm.x_dtype, norm.arithmetic), strict=True)
+        y, kept = call(engine.forward, norm, operands, list(results))
+        return tf.ensure_shape(y, operands[0].shape), kept
+
+    def backward(norm, *operands):
+        shapes = (lambda _, x: x.shape), (lambda a, _: a[0].shape), (lambda a, _: a[1].shape)
+        dtypes = (norm.x_dtype, norm.arithmetic, norm.arithmetic)
+        found = call(engine.backward, norm, operands, list(zip(shapes, dtypes, strict=True)))
+        return [tf.ensure_shape(g, t.shape) for g, t in zip(found, operands[:3], strict=True)]
+
+    def run(norm, x, operands):
+        @tf.custom_gradient
+        def pass_back(x, gamma, beta, statistics, dy):
+            def gradient(*cotangents):
+                *found, by_dy = _second(norm, x, gamma, beta, dy, cotangents)
+                return (*found, None, by_dy)
+
+            return backward(norm, x, gamma, beta, statistics, dy), gradient
+
+        @tf.custom_gradient
+        def pass_on(x, gamma, beta):
+            y, statistics = forward(norm, x, gamma, beta)
+            return y, lambda dy: tuple(pass_back(x, gamma, beta, statistics, dy))
+
+        gamma, beta = map(tf.convert_to_tensor, _filled(operands[:2], norm.arithmetic))
+        return pass_on(x, gamma, beta)
+
+    return run
+
+
+library.open_first(_open)
+
+KERNELS = (kernel_of(cpu.ENGINE, _run_native), composite.COMPOSITE)

@@ -1,97 +1,331 @@
-"""The kernels on PyTorch: the native ones, and torch's own fused norms where those cannot go.
+"""The kernels on PyTorch: engines, and torch's own fused norms where those cannot go.
 
-The native kernels are called through ctypes from an autograd function: 10 us a call, and 5 without
-a gradient, where the same as an op of `torch.library` took 17 to 30, and 10. Traces (torch.compile,
-export) see keras.ops or torch's own norms instead, which Inductor fuses and every runtime knows.
+An engine is called from an autograd function, which costs less than an op of `torch.library`.
+Traces (torch.compile, export) see keras.ops or torch's own norms instead, which Inductor fuses and
+every runtime knows.
 """
 
 import ctypes
 import functools
 import sys
 
+import keras
+import ml_dtypes
 import torch
+from torch.autograd import forward_ad
 
 from normwise import geometry as geometries
 from normwise.geometry import Geometry
-from normwise.kernels import composite, library
+from normwise.kernels import composite, cpu, library, private
+from normwise.kernels.kernel import Engine, Kernel
+from normwise.norm import Norm, Operands
 
 # Channels last, torch's group norm works along the channels; with fewer than a few vectors of them
-# a copy to channels first is sooner done: 0.2 ms for 1.0 at (32, 26, 26, 10), 5 groups.
+# a copy to channels first is sooner done.
 _FEW_CHANNELS = 32
 
+_LACKS = private.missing(private.TORCH)
+_interpreter, _, _modes = (private.find(name.path) for name in private.TORCH.values())
 
-def obstacle(x) -> str | None:
-    """Why the native kernels cannot take `x` here and now, or None."""
+
+def kernel_of(engine: Engine, buffer=None) -> Kernel:
+    """A kernel of an engine for tensors of the CPU, differentiable to any order.
+
+    Args:
+        engine: its passes and what it can do.
+        buffer: makes of a tensor what the passes are called with, by default a NumPy array.
+    """
+
+    def why_not(norm, x):
+        return engine.why_not(norm) or _why_not_here(x)
+
+    def run(norm, x, operands):
+        return _run(engine, buffer or _array, norm, x, operands)
+
+    return Kernel(engine.name, why_not, run)
+
+
+def _why_not_here(x) -> str | None:
+    """Why no engine can take `x` here and now, or None."""
+    if x is None:
+        x = keras.ops.zeros((1,))
+    if _LACKS is not None:
+        return _LACKS
     if x.device.type not in ("cpu", "meta"):
         return f"the native kernels run on the CPU, and x is on {x.device}"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "this call is traced, by torch.compile or for an export"
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return f"x is a {type(x).__name__}, which has no memory of its own"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _interpreter() is not None:
         return "torch.func transforms this call, and sees into torch's own functions only"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return "forward-mode derivatives are taken, and only torch's own functions have them"
-    if torch._C._len_torch_dispatch_stack():
-        return "a dispatch mode watches this call, and sees torch's own functions only"
+    if _modes() and _is_recorded():
+        return "a graph of this call is recorded, and knows torch's own functions only"
     return None
 
 
-def normalize(
-    x,
-    gamma,
-    beta,
-    geometry: Geometry,
-    *,
-    epsilon: float,
-    centred: bool,
-    activation=library.IDENTITY,
-):
-    """Normalize every set of `x`, apply gamma and beta, then the activation.
+def _is_recorded() -> bool:
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-    Args:
-        x: float16, bfloat16, float32 or float64 tensor of `geometry.shape`.
-        gamma, beta: tensors of `geometry.parameter_shape` and the dtype of the arithmetic, or None.
-        geometry: which elements share their statistics; in the order of memory.
-        epsilon, centred: as in composite.normalize.
-        activation: a library.Activation.
+    return get_proxy_mode() is not None
 
-    Returns:
-        A tensor of the shape and dtype of x, and of its memory format.
-    """
+
+def _run(engine: Engine, buffer, norm: Norm, x, operands: Operands):
+    y_dtype = norm.y_dtype
+    if norm.x_dtype != norm.dtype:
+        x = x.to(getattr(torch, norm.dtype))
+    norm = norm.uniform
     if x.device.type == "meta":
-        return torch.empty_like(x)
+        return torch.empty_like(x, dtype=getattr(torch, y_dtype))
     # Then the memory is taken as it lies, in the order of its axes: no element is copied.
-    moved = not x.is_contiguous() and geometry.parameter_axes == (1,) and _is_channels_last(x)
+    moved = not x.is_contiguous() and norm.geometry.parameter_axes == (1,) and _is_channels_last(x)
     if moved:
-        x, geometry = x.movedim(1, -1), _moved(geometry)
-    x = x.contiguous()
-    gamma, beta = _beside(x, "gamma", gamma), _beside(x, "beta", beta)
-    plan = _plan(geometry, x.dtype, epsilon, centred, activation)
+        x, norm = x.movedim(1, -1), _moved(norm)
+    x = _plain(x)
+    gamma, beta = _beside(x, "gamma", operands.gamma), _beside(x, "beta", operands.beta)
+    call = _call(engine, buffer, norm)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma, beta)):
-        y = _Norm.apply(x, gamma, beta, plan)
+        y = _Function.apply(x, gamma, beta, call)
     else:
-        y, _ = _forward(x, gamma, beta, plan)
-    return y.movedim(-1, 1) if moved else y
+        y, _ = call.forward(x, gamma, beta)
+    if moved:
+        y = y.movedim(-1, 1)
+    return y if norm.y_dtype == y_dtype else y.to(getattr(torch, y_dtype))
 
 
-def fused(x, gamma, beta, geometry: Geometry, *, epsilon: float, centred: bool):
+class _Call:
+    """A norm of one shape on one engine: its passes on tensors."""
+
+    def __init__(self, engine: Engine, buffer, norm: Norm):
+        self.engine, self.buffer, self.norm = engine, buffer, norm
+        self.arithmetic = getattr(torch, norm.arithmetic)
+        self.statistics_shape = norm.geometry.statistics_shape(norm.geometry.shape)
+
+    def forward(self, x, gamma, beta):
+        """Y and the statistics."""
+        if _modes():
+            # A mode sees torch's own functions only. What is saved for the backward pass is the
+            # same as without one, since a checkpoint may be taken under a mode and resumed without.
+            return _seen_forward(self.norm, x, gamma, beta)
+        y = torch.empty_like(x)
+        # Where x is: the default device may be another one.
+        statistics = torch.empty(self.statistics_shape, dtype=self.arithmetic, device=x.device)
+        self.engine.forward(self.norm, *map(self.buffer, (x, gamma, beta, y, statistics)))
+        return y, statistics
+
+    def backward(self, x, gamma, beta, dy, statistics, needs):
+        """The gradients by x, gamma and beta, each None where it is not needed."""
+        if _modes():
+            return _seen_backward(self.norm, x, gamma, beta, dy, needs)
+        dy = _plain(dy)
+        dx = torch.empty_like(x)
+        dgamma = torch.empty_like(gamma) if needs[1] else None
+        dbeta = torch.empty_like(beta) if needs[2] else None
+        tensors = (x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
+        self.engine.backward(self.norm, *map(self.buffer, tensors))
+        return dx if needs[0] else None, dgamma, dbeta
+
+
+_call = functools.lru_cache(maxsize=1024)(_Call)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gamma, beta, call):
+        y, statistics = call.forward(x, gamma, beta)
+        ctx.save_for_backward(x, gamma, beta, statistics)
+        ctx.call = call
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, gamma, beta, statistics = ctx.saved_tensors
+        call, needs = ctx.call, ctx.needs_input_grad[:3]
+        if forward_ad._current_level >= 0 or not _has_memory(dy):
+            return *_seen_backward(call.norm, x, gamma, beta, dy, needs), None
+        # An autograd function costs as much as a small norm, and only a graph of the gradients
+        # needs this one.
+        tensors = (x, gamma, beta, dy, statistics)
+        if torch.is_grad_enabled():
+            return *_Gradient.apply(*tensors, needs, call), None
+        return *call.backward(*tensors, needs), None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradients of sum(y * dy) by x, gamma and beta, themselves differentiable."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, dy, statistics, needs, call):
+        ctx.save_for_backward(x, gamma, beta, dy)
+        ctx.call, ctx.needs = call, needs
+        return call.backward(x, gamma, beta, dy, statistics, needs)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        """Through the composite: the same function, in operations that torch can differentiate."""
+        further = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs = [_variable(t) for t in ctx.saved_tensors]
+            first = _seen_backward(ctx.call.norm, *inputs, ctx.needs)
+            wanted = [t if n else None for t, n in zip(inputs, ctx.needs_input_grad, strict=False)]
+            options = {"create_graph": further, "materialize_grads": True}
+            second = _gradients(first, wanted, cotangents, **options)
+        return *second, None, None, None
+
+
+def _seen_forward(norm: Norm, x, gamma, beta):
+    """The forward pass in operations of torch, which modes see."""
+    y = composite.run(norm, x, Operands(gamma, beta))
+    return y.contiguous(), composite.statistics(norm, x)
+
+
+def _seen_backward(norm: Norm, x, gamma, beta, dy, needs):
+    """The backward pass in operations of torch, differentiable and for many dy at a time."""
+    further = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # What needs a gradient has a history; views of it, so that this graph ends there.
+        inputs = [t.view_as(t) if n else t for t, n in zip((x, gamma, beta), needs, strict=True)]
+        y = composite.run(norm, inputs[0], Operands(*inputs[1:]))
+        wanted = [t if n else None for t, n in zip(inputs, needs, strict=True)]
+        return _gradients([y], wanted, [dy], create_graph=further)
+
+
+def _gradients(outputs, inputs, cotangents, **options):
+    """torch.autograd.grad, where outputs may be None, and inputs, whose gradients are None too."""
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None]
+    outputs, cotangents = zip(*pairs, strict=True)
+    given = [t for t in inputs if t is not None]
+    found = iter(torch.autograd.grad(outputs, given, cotangents, **options))
+    return [t if t is None else next(found) for t in inputs]
+
+
+def _variable(tensor):
+    """A view of the tensor where it has a history, so that derivatives by it end there."""
+    if tensor is None or not tensor.requires_grad:
+        return tensor
+    return tensor.view_as(tensor)
+
+
+def _has_memory(tensor) -> bool:
+    """Whether a tensor has an address; the many in one of vmap and is_grads_batched have none."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _plain(tensor):
+    """The tensor in one piece, with memory that holds its values.
+
+    A tensor of zeros alone has none, and one with the negative bit holds the values' negatives.
+    """
+    tensor = tensor.contiguous()
+    if tensor.data_ptr() and not tensor.is_neg():
+        return tensor
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} has no memory any more, for its storage was "
+            "freed, as by resize_(0); give a norm tensors whose storage is there"
+        )
+    return tensor.clone()
+
+
+def _beside(x, name: str, parameter):
+    """Gamma or beta in one piece, if it is where x is: an engine is given its address."""
+    if parameter is None:
+        return None
+    if parameter.device != x.device:
+        raise ValueError(
+            f"{name} is on {parameter.device}, and x on {x.device}; move one to the other, as in "
+            f"{name}.to(x.device)"
+        )
+    return _plain(parameter)
+
+
+@functools.lru_cache(maxsize=1024)
+def _moved(norm: Norm) -> Norm:
+    """The same norm after axis 1 of its input became the last."""
+    geometry = norm.geometry
+    shape = (geometry.shape[0], *geometry.shape[2:], geometry.shape[1])
+    if "groups" in geometry.per:
+        return norm.of(geometries.group(shape, -1, geometry.groups))
+    return norm.of(geometries.layer(shape, -1))
+
+
+def _is_channels_last(x) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
+
+
+def _array(tensor):
+    """A NumPy array of the tensor's memory."""
+    if tensor is None:
+        return None
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _address(tensor):
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _native() -> Kernel:
+    """The library's kernel, on the threads that torch's own functions run on."""
+    cpu.most_threads = lambda: torch.get_num_threads()
+    library.after_loading(_share_threads)
+    return kernel_of(cpu.ENGINE, _address)
+
+
+def _share_threads(native):
+    """Give the library the threads of OpenMP, where torch's own functions run on those."""
+    if sys.platform != "win32" and "OpenMP" in torch.__config__.parallel_info():
+        # Where torch's OpenMP is not GCC's the name may be missing, and the library's pool serves.
+        parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
+        if parallel is not None:
+            native.normwise_use_openmp(ctypes.cast(parallel, ctypes.c_void_p))
+
+
+def _why_not_fused(norm: Norm, x) -> str | None:
+    """Why torch's own fused norms are wrong for this one, or None."""
+    geometry, operands = norm.geometry, norm.operands
+    if operands.mask or operands.learned_epsilon:
+        return "torch's own norms take no mask and no learned epsilon"
+    if norm.epsilon < composite.SMALLEST[norm.arithmetic]:
+        return "torch's own norms give NaN for equal elements at epsilon 0"
+    if 0 in geometry.shape:
+        return "torch's own norms give NaN gradients for empty inputs"
+    if geometry.trailing or (norm.subtract_mean and geometry.per == ("outer", "groups")):
+        return None
+    return "torch's own norms know trailing axes, and groups of channels less their mean"
+
+
+def _run_fused(norm: Norm, x, operands: Operands):
+    return composite.run(norm, x, operands, how=_fused)
+
+
+def _fused(norm: Norm, x, operands: Operands):
     """Call the fused norm of torch itself; arguments and result are those of composite.normalize.
 
     Layer norm and RMS norm do as they are: (x - mean) * inv_std, with Welford's moments. Group
     norm calculates x * scale + shift, where at mean 1e4 beta loses half its digits, and channels
     last takes E[x^2] - E[x]^2, where none is left; so it is given x - mean.
     """
+    geometry, gamma, beta = norm.geometry, operands.gamma, operands.beta
     if "groups" in geometry.per:
-        return _fused_group_norm(x, gamma, beta, geometry, epsilon)
+        return _fused_group_norm(x, gamma, beta, geometry, norm.epsilon)
     functional = torch.nn.functional
     shape = geometry.parameter_shape
-    if centred:
-        return functional.layer_norm(x, shape, gamma, beta, epsilon)
+    if norm.subtract_mean:
+        return functional.layer_norm(x, shape, gamma, beta, norm.epsilon)
     if torch.jit.is_tracing():
         # For ONNX, mostly, to which torch 2.13 exports no rms_norm.
-        return composite.normalize(x, gamma, beta, geometry, epsilon=epsilon, centred=False)
-    y = functional.rms_norm(x, shape, gamma, epsilon)
+        return composite.normalize(norm, x, operands)
+    y = functional.rms_norm(x, shape, gamma, norm.epsilon)
     return y if beta is None else y + beta
 
 
@@ -108,175 +342,14 @@ def _fused_group_norm(x, gamma, beta, geometry: Geometry, epsilon: float):
     return torch.group_norm(deviation, geometry.groups, gamma, beta, epsilon).movedim(1, channel)
 
 
-class _Plan:
-    """One norm of one shape, as the library reads it."""
-
-    def __init__(self, geometry, dtype, epsilon, centred, activation):
-        self.geometry, self.activation = geometry, activation
-        self.options = {"epsilon": epsilon, "centred": centred}
-        self.arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-        self.statistics_shape = library.layout(geometry).statistics_shape(geometry.shape)
-        name = str(dtype).removeprefix("torch.")
-        self.norm = library.norm(geometry, name, activation=activation, **self.options)
-        self.address = ctypes.addressof(self.norm)
-        native = _library()
-        self.forward, self.backward = native.normwise_forward, native.normwise_backward
-
-
-@functools.cache
-def _library():
-    """The library, on the threads that torch's own functions run on where those are OpenMP's."""
-    native = library.load()
-    if sys.platform != "win32" and "OpenMP" in torch.__config__.parallel_info():
-        # Where torch's OpenMP is not GCC's the name may be missing, and the library's pool serves.
-        parallel = getattr(ctypes.CDLL(None), "GOMP_parallel", None)
-        if parallel is not None:
-            native.normwise_use_openmp(ctypes.cast(parallel, ctypes.c_void_p))
-    return native
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(geometry, dtype, epsilon, centred, activation) -> _Plan:
-    return _Plan(geometry, dtype, epsilon, centred, activation)
-
-
-@functools.lru_cache(maxsize=1024)
-def _moved(geometry: Geometry) -> Geometry:
-    """The geometry of the same norm after its axis 1 became the last."""
-    shape = (geometry.shape[0], *geometry.shape[2:], geometry.shape[1])
-    if "groups" in geometry.per:
-        return geometries.group(shape, -1, geometry.groups)
-    return geometries.layer(shape, -1)
-
-
-def _beside(x, name: str, parameter):
-    """Gamma or beta in one piece, if it is where x is: the kernels are given its address."""
-    if parameter is None:
-        return None
-    if parameter.device != x.device:
-        raise ValueError(
-            f"{name} is on {parameter.device}, and x on {x.device}; move one to the other, as in "
-            f"{name}.to(x.device)"
-        )
-    return parameter.contiguous()
-
-
-def _is_channels_last(x) -> bool:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
-
-
-def _pointer(tensor):
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _forward(x, gamma, beta, plan: _Plan):
-    plan.norm.threads = torch.get_num_threads()
-    y = torch.empty_like(x)
-    # Where x is: the default device may be another one.
-    statistics = torch.empty(plan.statistics_shape, dtype=plan.arithmetic, device=x.device)
-    plan.forward(
-        plan.address,
-        x.data_ptr(),
-        _pointer(gamma),
-        _pointer(beta),
-        y.data_ptr(),
-        statistics.data_ptr(),
-    )
-    return y, statistics
-
-
-def _is_batch(dy) -> bool:
-    """Whether `dy` is many in one, for many backward passes at a time.
-
-    The first kind is torch.func.vmap's, the second that of torch.autograd: is_grads_batched=True,
-    and jacobian(vectorize=True).
-    """
-    functorch = torch._C._functorch
-    return functorch.is_functorch_wrapped_tensor(dy) or functorch.is_legacy_batchedtensor(dy)
-
-
-def _backward(x, gamma, beta, dy, statistics, plan: _Plan):
-    plan.norm.threads = torch.get_num_threads()
-    dy = dy.contiguous()
-    dx = torch.empty_like(x)
-    dgamma = None if gamma is None else torch.empty_like(gamma)
-    dbeta = None if beta is None else torch.empty_like(beta)
-    plan.backward(
-        plan.address,
-        x.data_ptr(),
-        _pointer(gamma),
-        _pointer(beta),
-        statistics.data_ptr(),
-        dy.data_ptr(),
-        dx.data_ptr(),
-        _pointer(dgamma),
-        _pointer(dbeta),
-    )
-    return dx, dgamma, dbeta
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, gamma, beta, plan):
-        y, statistics = _forward(x, gamma, beta, plan)
-        ctx.save_for_backward(x, gamma, beta, statistics)
-        ctx.plan = plan
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, gamma, beta, statistics = ctx.saved_tensors
-        if _is_batch(dy):
-            return *_composite_backward(x, gamma, beta, dy, ctx.plan), None
-        # An autograd function costs 10 us, and only a graph of the gradients needs this one.
-        gradient = _NormGradient.apply if torch.is_grad_enabled() else _backward
-        return *gradient(x, gamma, beta, dy, statistics, ctx.plan), None
-
-
-class _NormGradient(torch.autograd.Function):
-    """The gradients of sum(y * dy) by x, gamma and beta, themselves differentiable."""
-
-    @staticmethod
-    def forward(ctx, x, gamma, beta, dy, statistics, plan):
-        dx, dgamma, dbeta = _backward(x, gamma, beta, dy, statistics, plan)
-        ctx.save_for_backward(x, gamma, beta, dy)
-        ctx.plan = plan
-        return dx, dgamma, dbeta
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        """Through the composite: the same function, in operations that torch can differentiate."""
-        plan, further = ctx.plan, torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views of what has a history, so that gradients of yet higher order find it.
-            x, gamma, beta, dy = inputs = [_variable(t) for t in ctx.saved_tensors]
-            first = _composite_backward(x, gamma, beta, dy, plan)
-            options = {"create_graph": further, "materialize_grads": True}
-            second = _gradients(first, inputs, cotangents, **options)
-        return *second, None, None
-
-
-def _composite_backward(x, gamma, beta, dy, plan: _Plan):
-    """_backward in operations of torch, which can be differentiated and take a batch of dy."""
-    with torch.enable_grad():
-        x, gamma, beta = inputs = [_variable(t) for t in (x, gamma, beta)]
-        y = composite.normalize(x.to(plan.arithmetic), gamma, beta, plan.geometry, **plan.options)
-        y = plan.activation.function(y).to(x.dtype)
-        return _gradients([y], inputs, [dy], create_graph=True)
-
-
-def _gradients(outputs, inputs, cotangents, **options):
-    """torch.autograd.grad, where outputs may be None, and inputs, whose gradients are None too."""
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None]
-    outputs, cotangents = zip(*pairs, strict=True)
-    given = [t for t in inputs if t is not None]
-    found = iter(torch.autograd.grad(outputs, given, cotangents, **options))
-    return [t if t is None else next(found) for t in inputs]
-
-
-def _variable(tensor):
-    """The tensor as one to take gradients by, with the history that it has."""
-    if tensor is None:
-        return None
-    return tensor.view_as(tensor) if tensor.requires_grad else tensor.detach().requires_grad_()
+KERNELS = (
+    _native(),
+    Kernel(
+        "torch",
+        _why_not_fused,
+        _run_fused,
+        engine=False,
+        since="torch's own fused norm, since {}",
+    ),
+    composite.COMPOSITE,
+)

@@ -3,7 +3,8 @@
 import keras
 from keras import constraints, initializers, regularizers
 
-from normwise import checks, geometry
+from normwise import geometry
+from normwise import norm as checks
 
 
 class Parametric(keras.Layer):
@@ -36,7 +37,7 @@ class Affine(Parametric):
     """
 
     # Whether the mean is subtracted, and whether a weight adds to epsilon.
-    centred = True
+    subtract_mean = True
     learned_epsilon = False
 
     def __init__(

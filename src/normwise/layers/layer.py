@@ -169,7 +169,7 @@ class RMSNormalization(_OverAxes):
     [('gamma', (8,))]
     """
 
-    centred = False
+    subtract_mean = False
 
     def __init__(
         self,

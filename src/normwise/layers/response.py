@@ -3,7 +3,8 @@
 import keras
 from keras import constraints, initializers, regularizers
 
-from normwise import checks, geometry, ops
+from normwise import geometry, ops
+from normwise import norm as checks
 from normwise.layers.affine import Affine, Parametric
 
 
@@ -60,7 +61,7 @@ class FilterResponseNormalization(Affine):
     [('learned_epsilon', (1,)), ('gamma', (1, 6, 1, 1)), ('beta', (1, 6, 1, 1))]
     """
 
-    centred = False
+    subtract_mean = False
 
     def __init__(
         self,

@@ -1,0 +1,133 @@
+"""The engine of the CPU: the native library through its C interface, csrc/normwise.h."""
+
+import ctypes
+import functools
+import struct
+
+from normwise import activations
+from normwise.geometry import Geometry
+from normwise.kernels import library
+from normwise.kernels.kernel import Engine
+from normwise.norm import SHARED, Norm, Operands
+
+# As enum NormwiseDtype.
+DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
+_INVALID = 1  # of enum NormwiseStatus
+
+
+class Description(ctypes.Structure):
+    """struct NormwiseNorm: a norm, whatever the extents of its input are."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("outer_end", "before_end", "channels_end")),
+        ("keeps_after", ctypes.c_int32),
+        ("groups", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("subtract_mean", "activation")),
+        *((name, ctypes.c_double) for name in ("epsilon", "slope")),
+    )
+
+
+# struct NormwiseOperands: its size, the extents of x, rank, dtype, threads, nothing, the tensors.
+_OPERANDS = struct.Struct("QQiiii9Q")
+
+
+def why_not(norm: Norm) -> str | None:
+    """Why the library cannot calculate this norm anywhere, or None."""
+    if norm.operands.mask:
+        return "the native kernels take no mask"
+    if norm.operands.learned_epsilon:
+        return "the native kernels take no learned epsilon"
+    if {norm.operands.gamma, norm.operands.beta} - {None, SHARED}:
+        return "the native kernels take one gamma and one beta for all samples"
+    if library.missing() is not None:
+        return library.missing()
+    if norm.geometry.permutation is not None:
+        return "the sets are not neighbouring axes"
+    if norm.geometry.groups == 0:
+        return "x has no channels"
+    if norm.dtype not in DTYPES:
+        return f"{norm.dtype} has no native kernel"
+    return None
+
+
+def describe(norm: Norm) -> Description:
+    """What the library is told of a norm before its input is known."""
+    geometry = norm.geometry
+    return Description(
+        ctypes.sizeof(Description),
+        *geometry.ends,
+        geometry.keeps_after,
+        geometry.groups,
+        norm.subtract_mean,
+        norm.activation.code,
+        norm.epsilon,
+        norm.activation.slope,
+    )
+
+
+def norm_of(description: bytes, shape, dtype: str, operands: Operands) -> Norm:
+    """The norm of a description: the inverse of `describe`, for an x of this shape and dtype."""
+    known = Description.from_buffer_copy(description)
+    ends = (known.outer_end, known.before_end, known.channels_end)
+    per = ("outer", "after") if known.keeps_after else ("outer", "groups")
+    return Norm(
+        Geometry(tuple(shape), ends, known.groups, per),
+        dtype,
+        dtype,
+        known.epsilon,
+        bool(known.subtract_mean),
+        activations.Activation(activations.NAMES[known.activation], known.slope),
+        operands,
+    )
+
+
+class _Plan:
+    """A norm of one shape as the library reads it, and its two functions."""
+
+    def __init__(self, norm: Norm):
+        self.description = describe(norm)
+        self.address = ctypes.addressof(self.description)
+        shape = norm.geometry.shape
+        self.extents = (ctypes.c_int64 * len(shape))(*shape)
+        size, extents = _OPERANDS.size, ctypes.addressof(self.extents)
+        self.head = (size, extents, len(shape), DTYPES[norm.dtype])
+        native = library.load()
+        self.forward, self.backward = native.normwise_forward, native.normwise_backward
+
+
+_plan = functools.lru_cache(maxsize=1024)(_Plan)
+
+
+def most_threads() -> int:
+    """The most threads that a call may use, 0 for as many as there are; a framework may set it."""
+    return 0
+
+
+def forward(norm, x, gamma, beta, y, statistics):
+    """Engine.forward on addresses."""
+    plan = _plan(norm)
+    operands = _OPERANDS.pack(
+        *plan.head, most_threads(), 0, x, gamma or 0, beta or 0, y, statistics, 0, 0, 0, 0
+    )
+    if status := plan.forward(plan.address, operands):
+        _fail(status)
+
+
+def backward(norm, x, gamma, beta, statistics, dy, dx, dgamma, dbeta):
+    """Engine.backward on addresses."""
+    plan = _plan(norm)
+    operands = _OPERANDS.pack(
+        *plan.head, most_threads(), 0, x, gamma or 0, beta or 0, 0, statistics, dy, dx,
+        dgamma or 0, dbeta or 0,
+    )  # fmt: skip
+    if status := plan.backward(plan.address, operands):
+        _fail(status)
+
+
+def _fail(status: int):
+    message = library.load().normwise_message().decode()
+    raise (ValueError if status == _INVALID else MemoryError)(f"the native kernels: {message}")
+
+
+ENGINE = Engine("native", why_not, forward, backward)

@@ -1,0 +1,52 @@
+"""What a kernel says of itself, and what an engine is: a kernel that knows no framework."""
+
+import dataclasses
+from collections.abc import Callable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kernel:
+    """One way to calculate a norm on one backend.
+
+    Args:
+        name: as `normwise.explain` says it.
+        why_not: called with a Norm and x; says in words why this kernel cannot calculate it here
+            and now, or None. Without an x, which is None, the question is about one on the device
+            that the backend would use, outside of a trace.
+        run: called with a Norm, x of `norm.x_dtype` and Operands; returns y of `norm.y_dtype`.
+        engine: whether it is an engine's, or made of the framework's own operations.
+        since: of one that is no engine's, what is said where it is chosen; {} is the reasons
+            against the engines.
+    """
+
+    name: str
+    why_not: Callable
+    run: Callable
+    engine: bool = True
+    since: str = "{}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Engine:
+    """A forward and a backward pass over plain buffers, of which a backend makes a Kernel.
+
+    The backend's module in this package brings derivatives of every order, tracing and export.
+    A buffer is contiguous, an operand that is absent is None, and results are written in place:
+
+        forward(norm, x, gamma, beta, y, statistics)
+        backward(norm, x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
+
+    x, y, dy and dx have `norm.dtype` and the shape of x; gamma, beta and their gradients
+    `norm.arithmetic`; so have the statistics, of `norm.geometry.statistics_shape(x.shape)`, which
+    belong to the engine between its two passes. dgamma or dbeta is None where nobody asks for it.
+
+    Args:
+        name: as `normwise.explain` says it.
+        why_not: called with a Norm; says why the engine cannot calculate it anywhere, or None.
+        forward, backward: the passes. Buffers are NumPy arrays, bfloat16 ones of ml_dtypes.
+    """
+
+    name: str
+    why_not: Callable
+    forward: Callable
+    backward: Callable

@@ -1,0 +1,172 @@
+"""What one call of a norm is, as a value, and the checks of its arguments.
+
+Everything about a call that is no tensor is in one `Norm`: made once in `ops`, it is what kernels
+are chosen by and what they are told. Axes and groups are for the geometry to check.
+"""
+
+import dataclasses
+import functools
+import math
+import numbers
+import typing
+
+import keras
+
+from normwise.activations import IDENTITY, Activation
+from normwise.geometry import Geometry
+
+# How gamma or beta lies: one for all samples, of `geometry.parameter_shape`.
+SHARED = "shared"
+
+
+class Operands(typing.NamedTuple):
+    """What comes with x: the tensors of a call, or in a Norm how each of them lies.
+
+    Args:
+        gamma, beta: of `geometry.parameter_shape` and the dtype of the arithmetic; SHARED.
+        mask: bool, of the rank of x, broadcasts to it; True.
+        learned_epsilon: of shape () or (1,); its absolute value is added to epsilon; True.
+    """
+
+    gamma: typing.Any = None
+    beta: typing.Any = None
+    mask: typing.Any = None
+    learned_epsilon: typing.Any = None
+
+    def lie(self) -> "Operands":
+        """How the tensors lie, each None where there is none."""
+        gamma, beta, *others = self
+        parameters = (None if p is None else SHARED for p in (gamma, beta))
+        return Operands(*parameters, *(None if o is None else True for o in others))
+
+
+# x comes alone.
+NONE = Operands()
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """One call of a norm but for its tensors: frozen, hashable, and all that a kernel is told.
+
+        y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
+
+    Args:
+        geometry: which elements share their statistics, and how they lie in memory.
+        x_dtype, y_dtype: of the input and of the result.
+        epsilon: added to the variance.
+        subtract_mean: whether the mean is subtracted, or only the root mean square divided by.
+        activation: applied to the result.
+        operands: which there are, and how each of them lies.
+    """
+
+    geometry: Geometry
+    x_dtype: str
+    y_dtype: str
+    epsilon: float
+    subtract_mean: bool = True
+    activation: Activation = IDENTITY
+    operands: Operands = NONE
+
+    @functools.cached_property
+    def arithmetic(self) -> str:
+        """The dtype of the statistics, of the arithmetic, and of gamma and beta."""
+        return "float64" if "float64" in (self.x_dtype, self.y_dtype) else "float32"
+
+    @functools.cached_property
+    def dtype(self) -> str:
+        """The one dtype for kernels that write what they read: x is cast to it, and y from it."""
+        return self.x_dtype if self.x_dtype == self.y_dtype else self.arithmetic
+
+    @functools.cached_property
+    def uniform(self) -> "Norm":
+        """The same norm, which reads and writes `dtype`."""
+        if self.x_dtype == self.y_dtype:
+            return self
+        return dataclasses.replace(self, x_dtype=self.dtype, y_dtype=self.dtype)
+
+    def of(self, geometry: Geometry) -> "Norm":
+        """The same norm of another geometry."""
+        return dataclasses.replace(self, geometry=geometry)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
+
+    def __hash__(self):
+        # Every kernel looks something up by it, at every call.
+        return self._hash
+
+
+def check_epsilon(epsilon) -> float:
+    """Return `epsilon` as a float if it can be added to a variance."""
+    remedy = "expected a number >= 0, as in epsilon=1e-3"
+    # To be a float takes no abstract class to find out, which takes longer.
+    if isinstance(epsilon, bool) or not isinstance(epsilon, (float, numbers.Real)):
+        raise TypeError(f"epsilon={epsilon!r} is no number; {remedy}")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon={epsilon} cannot be added to a variance; {remedy}")
+    return float(epsilon)
+
+
+@functools.cache
+def dtype_name(dtype) -> str:
+    """Keras's name for a framework's dtype, which it takes Keras longer to find."""
+    return keras.backend.standardize_dtype(dtype)
+
+
+def check_dtype(x) -> str:
+    """Return the dtype of `x` if a norm is defined on its numbers."""
+    dtype = dtype_name(x.dtype)
+    if "complex" in dtype:
+        raise TypeError(
+            f"x has dtype {dtype}, and no norm is defined on complex numbers; normalize its real "
+            "and imaginary parts, or its modulus"
+        )
+    return dtype
+
+
+def check_mask(geometry: Geometry, mask):
+    """Check that `mask` fits the input of a geometry."""
+    shape = tuple(keras.ops.shape(mask))
+    leading = tuple(
+        1 if isinstance(extent, int) and extent == 1 else full
+        for extent, full in zip(shape, geometry.shape, strict=False)
+    )
+    if not 0 < len(shape) <= len(geometry.shape) or not _fits(shape, leading):
+        raise ValueError(
+            f"mask has shape {shape}, which does not fit x of shape {geometry.shape}; pass the "
+            "shape of x or of its first axes, an extent of 1 standing for all"
+        )
+
+
+def check_shapes(geometry: Geometry, operands: Operands):
+    """Check that the tensors that come with the input of a geometry fit it."""
+    expected = geometry.parameter_shape
+    for name in ("gamma", "beta"):
+        parameter = getattr(operands, name)
+        shape = None if parameter is None else tuple(parameter.shape)
+        if shape is not None and not _fits(shape, expected):
+            raise ValueError(
+                f"{name} has shape {shape}, but axis {list(geometry.parameter_axes)} of shape "
+                f"{geometry.shape} needs {expected}"
+            )
+    if operands.mask is not None:
+        check_mask(geometry, operands.mask)
+    learned_epsilon = operands.learned_epsilon
+    if learned_epsilon is not None and tuple(learned_epsilon.shape) not in ((), (1,)):
+        raise ValueError(
+            f"learned_epsilon has shape {tuple(learned_epsilon.shape)}, but it is one number for "
+            "all channels; pass a tensor of shape () or (1,)"
+        )
+
+
+def _fits(shape, expected) -> bool:
+    """Whether two shapes are equal as far as their extents are known."""
+    return shape == expected or (
+        len(shape) == len(expected)
+        and all(
+            e == s
+            for s, e in zip(shape, expected, strict=True)
+            if isinstance(s, int) and e is not None
+        )
+    )
