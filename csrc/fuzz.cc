@@ -5,6 +5,7 @@
 // Every array is allocated to its exact length, so that an address sanitizer sees each element read
 // or written too many. A failure prints the case and ends the program with status 1.
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -533,12 +534,30 @@ void check_failure() {
   }
 }
 
+// Tasks round as their caller does, on whichever thread.
+void check_mode() {
+  volatile float one = 1, little = 1e-9f;
+  for (const int mode : {FE_UPWARD, FE_TONEAREST}) {
+    std::fesetround(mode);
+    std::atomic<int> alike{0};
+    normwise::parallel_for(4, 64, [&](int64_t) {
+      alike += (one + little > 1) == (mode == FE_UPWARD);
+      std::this_thread::sleep_for(std::chrono::microseconds(50));  // for the other threads to come
+    });
+    if (alike != 64) {
+      std::printf("%d tasks of 64 round as their caller\n", alike.load());
+      std::exit(1);
+    }
+  }
+}
+
 void check_loan(uint64_t seed) {
   Source source(seed);
   Pool pool;
   const normwise::Loan loan(Pool::schedule, &pool);
   for (int i = 0; i < 40; ++i) check(source.draw());
   check_failure();
+  check_mode();
 }
 
 }  // namespace
@@ -559,6 +578,7 @@ int main(int argc, char** argv) {
   }
   check_concurrency(seed);
   check_failure();
+  check_mode();
   check_loan(seed);
   std::printf("%lld cases passed\n", static_cast<long long>(cases));
 }

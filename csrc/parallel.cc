@@ -40,6 +40,25 @@ inline void pause() {
 #endif
 }
 
+// How a thread rounds, and whether it takes denormals for 0: the bits of its control register.
+#if defined(__x86_64__)
+using FloatingMode = unsigned;
+inline FloatingMode floating_mode() { return _mm_getcsr(); }
+inline void set_floating_mode(FloatingMode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+using FloatingMode = uint64_t;
+inline FloatingMode floating_mode() {
+  FloatingMode mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+inline void set_floating_mode(FloatingMode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+using FloatingMode = int;
+inline FloatingMode floating_mode() { return 0; }
+inline void set_floating_mode(FloatingMode) {}
+#endif
+
 // About 20 us: the phases of one call follow each other sooner than that, and a thread that waits
 // longer would take a core from the framework's own pool.
 constexpr int kSpins = 1000;
@@ -55,6 +74,9 @@ void wait_until(const Done& done) {
 // would write side by side, and one's cache would fetch ahead what the other is about to write:
 // layer norm over (8, 96, 56, 56), axis 1, took 2.4 times as long then, whenever they fell into
 // step.
+//
+// All threads calculate in the caller's mode: which of them takes a task is chance, and equal calls
+// are to give equal bits.
 class Job {
  public:
   static constexpr int kMostRanges = 64;
@@ -64,21 +86,15 @@ class Job {
     for (int range = 0; range < ranges_; ++range) next_[range].task = begin(range);
   }
 
-  // Helps until no task is left; `self` tells the threads apart. A task may run out of memory, and
-  // on most threads no one would catch that: it is kept for the caller.
-  void help(int self) noexcept {
-    try {
-      for (int i = 0; i < ranges_; ++i) {
-        const int range = (self + i) % ranges_;
-        for (;;) {
-          const int64_t task = next_[range].task.fetch_add(1, std::memory_order_relaxed);
-          if (task >= begin(range + 1)) break;
-          work_(context_, task);
-        }
-      }
-    } catch (...) {
-      if (!failed_.test_and_set()) failure_ = std::current_exception();
-    }
+  // Helps until no task is left, on the caller's thread.
+  void help() noexcept { take_tasks(0); }
+
+  // The same on another thread, the `other`th that came.
+  void help(int other) noexcept {
+    const FloatingMode own = floating_mode();
+    set_floating_mode(callers_mode_);
+    take_tasks(1 + other);
+    set_floating_mode(own);
   }
 
   // Throws what a task threw, once all who helped are done.
@@ -93,12 +109,30 @@ class Job {
 
   int64_t begin(int range) const { return tasks_ * range / ranges_; }
 
+  // A task may run out of memory, and on most threads no one would catch that: it is kept for the
+  // caller.
+  void take_tasks(int self) noexcept {
+    try {
+      for (int i = 0; i < ranges_; ++i) {
+        const int range = (self + i) % ranges_;
+        for (;;) {
+          const int64_t task = next_[range].task.fetch_add(1, std::memory_order_relaxed);
+          if (task >= begin(range + 1)) break;
+          work_(context_, task);
+        }
+      }
+    } catch (...) {
+      if (!failed_.test_and_set()) failure_ = std::current_exception();
+    }
+  }
+
   int64_t tasks_;
   int ranges_;
   void (*work_)(void*, int64_t);
   void* context_;
   std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
   std::exception_ptr failure_;
+  FloatingMode callers_mode_ = floating_mode();
   Next next_[kMostRanges];
 };
 
@@ -134,7 +168,7 @@ class Pool {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    job.help(0);
+    job.help();
     round_.fetch_add(1);  // even: closed. No task is left, but some may still be at work on theirs.
     wait_until([&] { return inside_.load() == 0; });
     return true;
@@ -149,7 +183,7 @@ class Pool {
         // Whoever is inside is waited for, so the job is read only once the round is found open
         // still: both sides use sequentially consistent operations, and one sees the other.
         inside_.fetch_add(1);
-        if (round_.load() == round && index < helpers_) job_->help(index + 1);
+        if (round_.load() == round && index < helpers_) job_->help(index);
         inside_.fetch_sub(1);
         done = round;
         spins = 0;
@@ -188,8 +222,8 @@ void run_on_openmp(OpenMp parallel, Job& job, int threads) {
   } team{job, std::this_thread::get_id()};
   const auto help = [](void* context) {
     Team& team = *static_cast<Team*>(context);
-    const bool is_caller = std::this_thread::get_id() == team.caller;
-    team.job.help(is_caller ? 0 : 1 + team.others.fetch_add(1, std::memory_order_relaxed));
+    if (std::this_thread::get_id() == team.caller) return team.job.help();
+    team.job.help(team.others.fetch_add(1, std::memory_order_relaxed));
   };
   parallel(help, &team, unsigned(threads), 0);
 }
@@ -219,7 +253,7 @@ class Offer {
   static constexpr int kClosed = 1 << 30;
 
   void help() {
-    if ((state_.fetch_add(1) & kClosed) == 0) job_.help(1 + others_.fetch_add(1));
+    if ((state_.fetch_add(1) & kClosed) == 0) job_.help(others_.fetch_add(1));
     state_.fetch_sub(1);
     release();
   }
@@ -235,7 +269,7 @@ void run_on_loan(const Loan& loan, Job& job, int threads) {
   for (int other = 1; other < threads; ++other) {
     if (!loan.schedule(Offer::take, offer)) offer->release();
   }
-  job.help(0);
+  job.help();
   offer->close();
   offer->release();
 }
@@ -301,7 +335,7 @@ void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* c
   } else if (const OpenMp parallel = openmp.load()) {
     run_on_openmp(parallel, job, threads);
   } else if (!the_pool()->run(job, threads)) {
-    job.help(0);
+    job.help();
   }
   job.rethrow();
 }

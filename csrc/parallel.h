@@ -35,8 +35,9 @@ class Loan {
 
 // Calls work(context, task) once for every task in [0, tasks), on up to `threads` threads of which
 // the caller is one, and returns when all are done. Each thread begins in a part of its own of the
-// tasks. Where the pool is at work for another caller, all run in this one. If a task throws, so
-// does this, of several exceptions one, when no thread is at work any more.
+// tasks, and all round and flush denormals as the caller does. Where the pool is at work for
+// another caller, all run in this one. If a task throws, so does this, of several exceptions one,
+// when no thread is at work any more.
 void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* context);
 
 template <class Work>
