@@ -9,8 +9,9 @@ namespace normwise {
 // affinity allows. Read once.
 int thread_limit();
 
-// From now on use the threads of OpenMP, given its GOMP_parallel, in this process: after a parallel
-// region they spin for milliseconds, and other threads would have to share their cores with them.
+// From now on use the threads of OpenMP, given its GOMP_parallel, in this process, as long as they
+// come in time: after a parallel region they spin for milliseconds, and other threads would have to
+// share their cores with them.
 void use_openmp(void* parallel);
 
 // While it lives, the calls of the thread that made it run on the threads of a framework's own
