@@ -551,6 +551,30 @@ void check_mode() {
   }
 }
 
+// What GOMP_parallel does, where now and then a thread comes late.
+void parallel(void (*work)(void*), void* context, unsigned threads, unsigned) {
+  static std::atomic<int> region{0};
+  const bool late = region++ % 8 == 0;
+  vector<std::thread> others;
+  for (unsigned other = 1; other < threads; ++other) {
+    others.emplace_back([=] {
+      if (late) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      work(context);
+    });
+  }
+  work(context);
+  for (auto& thread : others) thread.join();
+}
+
+void check_openmp(uint64_t seed) {
+  normwise::use_openmp(reinterpret_cast<void*>(parallel));
+  Source source(seed);
+  for (int i = 0; i < 40; ++i) check(source.draw());
+  check_failure();
+  check_mode();
+  normwise::use_openmp(nullptr);
+}
+
 void check_loan(uint64_t seed) {
   Source source(seed);
   Pool pool;
@@ -579,6 +603,7 @@ int main(int argc, char** argv) {
   check_concurrency(seed);
   check_failure();
   check_mode();
+  check_openmp(seed);
   check_loan(seed);
   std::printf("%lld cases passed\n", static_cast<long long>(cases));
 }
