@@ -551,10 +551,11 @@ void check_mode() {
   }
 }
 
-// What GOMP_parallel does, where now and then a thread comes late.
+std::atomic<int> regions{0}, late_every{8};
+
+// What GOMP_parallel does, where the other threads come late in one of so many regions.
 void parallel(void (*work)(void*), void* context, unsigned threads, unsigned) {
-  static std::atomic<int> region{0};
-  const bool late = region++ % 8 == 0;
+  const bool late = regions++ % late_every == 0;
   vector<std::thread> others;
   for (unsigned other = 1; other < threads; ++other) {
     others.emplace_back([=] {
@@ -572,6 +573,14 @@ void check_openmp(uint64_t seed) {
   for (int i = 0; i < 40; ++i) check(source.draw());
   check_failure();
   check_mode();
+  // Threads that are always late are seldom waited for. The longest pause is half as many jobs.
+  late_every = 1;
+  regions = 0;
+  for (int i = 0; i < 2000; ++i) normwise::parallel_for(2, 2, [](int64_t) {});
+  if (regions == 0 || regions > 20) {
+    std::printf("2000 jobs waited %d times for late threads\n", regions.load());
+    std::exit(1);
+  }
   normwise::use_openmp(nullptr);
 }
 
