@@ -296,13 +296,15 @@ def main():
     parser.add_argument("--case", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--dtype", nargs="+", choices=list(ROUNDING), default=list(ROUNDING))
     parser.add_argument("--seconds", type=float, default=3.0, help="time budget of a row")
+    parser.add_argument("--busy", type=int, default=0, help="processes that spin meanwhile")
     arguments = parser.parse_args()
 
     if arguments.sources:
         reports = [json.loads(source.read_text()) for source in arguments.sources]
     else:
         cases = [case for case in CASES if case.name in arguments.case]
-        reports = [run(cases, arguments.dtype, arguments.seconds)]
+        with measuring.busy(arguments.busy):
+            reports = [run(cases, arguments.dtype, arguments.seconds)]
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(reports[0], indent=1) + "\n")

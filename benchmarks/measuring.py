@@ -1,5 +1,6 @@
 """What the benchmarks share: times that can be compared, and the machine that they hold for."""
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -7,6 +8,7 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -43,6 +45,19 @@ def medians_ms(functions: Mapping[str, Callable], seconds: float) -> dict[str, f
             function()
             elapsed_ms[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(times) for name, times in elapsed_ms.items()}
+
+
+@contextlib.contextmanager
+def busy(processes: int):
+    """Run as many other processes that always want a core, as the workers of a data loader may."""
+    spinning = [sys.executable, "-c", "while True: pass"]
+    running = [subprocess.Popen(spinning) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def console(columns: int) -> Console:

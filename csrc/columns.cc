@@ -1,16 +1,17 @@
 // Group and instance norm, channels last: x is (outer, before, channels), and a row of memory holds
 // an element of every set.
 //
-// A unit is one outer. Where the channels are few or do not fill packs, some rows of x are read as
-// one line, whose column i is channel i % channels. What is left of x after the last whole line is
-// its tail: a line of fewer columns.
+// A unit is one outer, and a piece some of its rows. These are read as lines: a line is one row, or
+// where the channels are few or do not fill packs several, and column i of it is channel
+// i % channels. What is left of the unit after the last whole line is its tail, a line of fewer
+// columns, which belongs to the last piece. Strips (strips.h) are of lines.
 #include "strips.h"
 
 namespace normwise::NORMWISE_ISA {
 namespace columns {
 
-// How much of a unit is a piece: enough that merging it costs nothing, few enough for a core's
-// cache.
+// So much of a unit is a piece: enough that merging its sums costs nothing beside it, and few
+// enough for a core's cache.
 constexpr int64_t kPieceBytes = 1 << 18;
 
 template <class T>
@@ -42,8 +43,8 @@ struct Lines {
     return count(piece) * rows_per_line + (has_tail(piece) ? tail_rows() : 0);
   }
 
-  // Repeats the channels, with which an array of `size` columns begins, over all of it, and brings
-  // it into pack order.
+  // An array of `size` columns begins with a number for each channel: repeats these over all
+  // columns, and brings the array into pack order.
   void spread(A* line, int64_t size) const {
     for (int64_t filled = channels; filled < size; filled *= 2) {
       std::copy(line, line + filled, line + filled);
@@ -52,7 +53,7 @@ struct Lines {
     to_pack_order<T>(line, padded<T>(size));
   }
 
-  // The reverse: adds up the columns of each channel.
+  // The reverse for sums: adds up the columns of each channel, in natural order.
   void fold(A* line, int64_t size) const {
     to_natural_order<T>(line, padded<T>(size));
     while (size > channels) {
@@ -61,8 +62,9 @@ struct Lines {
     }
   }
 
-  // Calls f(offset, step, columns, count) for strips of lines that cover a piece, `step` elements
-  // apart from each other.
+  // Calls f(offset, step, columns, count) for the strips that cover a piece: `count` lines of
+  // `columns` columns, the first at `offset` from the start of the unit and each of the others
+  // `step` elements after the one before.
   template <class F>
   void for_strips_of(int64_t piece, const F& f) const {
     for_strips<kWrittenRows>(count(piece), [&](int64_t line, int64_t step, auto count) {
@@ -74,20 +76,20 @@ struct Lines {
 
 Split split_columns(const Norm& norm, int64_t pieces) {
   const int64_t unit_elements = norm.before * norm.groups * norm.members;
-  const int64_t least = std::max<int64_t>(1, kElementsPerThread / unit_elements);
-  return {norm.outer, pieces, unit_elements, std::max((norm.outer + 63) / 64, least)};
+  const int64_t fewest = std::max<int64_t>(1, kElementsPerThread / unit_elements);
+  return {norm.outer, pieces, unit_elements, std::max((norm.outer + 63) / 64, fewest)};
 }
 
-// Calls f with the number of channels that a group has: as a constant where that is 1, for instance
-// norm, so that loops over groups become vectors.
+// Calls f with the number of channels that a group has: as a constant where that is 1, as in
+// instance norm, so that loops over groups become vectors.
 template <class F>
 inline void with_members(int64_t members, const F& f) {
   members == 1 ? f(std::integral_constant<int64_t, 1>()) : f(members);
 }
 
-// Some of the columns, few enough for the first cache to hold their sums over some lines: all
-// columns, or those of whole groups, or some of one group. Group by group these are sums of the
-// deviations d from a centre and of d^2.
+// Some of the columns, few enough for the first cache to hold their sums: all of them, or those of
+// whole groups, or some of one group. For each group it has a centre, and of the lines that were
+// summed up last the sums of their deviations d from that centre and of d * d.
 template <class T>
 class Window {
  public:
@@ -115,7 +117,7 @@ class Window {
   }
 
   // Sums up some lines of x, and the tail if it is not null.
-  void measure(const T* x, int64_t lines, const T* tail) {
+  void sum_up(const T* x, int64_t lines, const T* tail) {
     A line[kWindow], sums[kWindow], squares[kWindow];
     with_members(members_, [&](auto members) {
       for (int64_t group = 0; group < groups_; ++group) {
@@ -141,19 +143,20 @@ class Window {
   }
 
   // Centres each group at its mean so far.
-  void centre(const double* means) {
+  void centre_at(const double* means) {
     for (int64_t group = 0; group < groups_; ++group) centres_[group] = double(A(means[group]));
   }
 
-  // Centres each group at the mean of its first few lines, and for these at the first element.
-  void look(const T* x, int64_t lines, const T* tail) {
+  // Centres each group at the mean of its first few lines. The deviations of these are summed up
+  // from the group's first element.
+  void centre_at_first_lines(const T* x, int64_t lines, const T* tail) {
     for (int64_t group = 0; group < groups_; ++group) {
       centres_[group] = double(first_of(x + first_ + group * members_));
     }
     const int64_t per_line = shape_.rows_per_line * members_;
     const int64_t enough = enough_for_centre(kBlockRows * per_line);
     const int64_t few = std::min(lines, (enough + per_line - 1) / per_line);
-    measure(x, few, few == 0 ? tail : nullptr);
+    sum_up(x, few, few == 0 ? tail : nullptr);
     const int64_t rows = few == 0 ? shape_.tail_rows() : few * shape_.rows_per_line;
     const double inverse = 1 / double(rows * members_);
     for (int64_t group = 0; group < groups_; ++group) {
@@ -161,16 +164,19 @@ class Window {
     }
   }
 
-  // Adds the `rows` rows that were measured to what each group has of `before` elements.
-  void add_to(double* means, double* squares, int64_t before, int64_t rows, bool centred) const {
-    add_block(groups_, double(before), double(rows * members_), centred, centres_, sums_, squares_,
-              means, squares);
+  // Adds the `rows` rows that were summed up last to the moments of each group, which are those of
+  // `before` elements so far.
+  void add_to(double* means, double* squares, int64_t before, int64_t rows,
+              bool subtract_mean) const {
+    add_block(groups_, double(before), double(rows * members_), subtract_mean, centres_, sums_,
+              squares_, means, squares);
   }
 
  private:
   const Lines<T>& shape_;
   int64_t first_, columns_;
-  int64_t group_, groups_, members_, earlier_;  // members_ and earlier_ are those of one group
+  int64_t group_, groups_;     // the first, and how many
+  int64_t members_, earlier_;  // channels of a group in this window, and in those before
   double centres_[kWindow], sums_[kWindow], squares_[kWindow];
 };
 
@@ -186,8 +192,8 @@ struct Forward {
       : tensors(call), shape(call.norm), split(split_columns(call.norm, shape.pieces())) {}
 
   struct Scratch {
-    std::vector<double> means, squares;  // of every group, piece by piece
-    std::vector<A> mean, scale, shift;   // y = (x - mean) * scale + shift, per column
+    std::vector<double> means, squares;  // the moments of every group, piece by piece
+    std::vector<A> mean, scale, shift;   // of every column: y = (x - mean) * scale + shift
 
     explicit Scratch(const Forward& job)
         : means(size_t(job.split.pieces * job.tensors.norm.groups)),
@@ -199,10 +205,11 @@ struct Forward {
 
   void prepare(int64_t, Scratch&) const {}
 
-  // Block by block, each read once: what is summed up are the deviations from the mean so far.
+  // Block by block, each read once. What is summed up are the deviations from the mean of the
+  // blocks before, and in the first from that of a few lines.
   void gather(int64_t unit, int64_t piece, int64_t, Scratch& scratch) const {
     const T* x = tensors.x + unit * split.unit_elements;
-    const bool centred = tensors.norm.subtract_mean;
+    const bool subtract_mean = tensors.norm.subtract_mean;
     const int64_t end = shape.begin(piece) + shape.count(piece);
     for (int64_t first = 0; first < shape.columns;) {
       Window<T> window(shape, tensors.norm, first);
@@ -215,10 +222,12 @@ struct Forward {
         const T* block = x + line * shape.columns;
         const T* tail = has_tail ? x + shape.lines * shape.columns : nullptr;
         const int64_t before = window.elements_before(rows_before, shape.rows(piece));
-        if (centred) before > 0 ? window.centre(means) : window.look(block, lines, tail);
-        window.measure(block, lines, tail);
+        if (subtract_mean) {
+          before > 0 ? window.centre_at(means) : window.centre_at_first_lines(block, lines, tail);
+        }
+        window.sum_up(block, lines, tail);
         const int64_t rows = lines * shape.rows_per_line + (has_tail ? shape.tail_rows() : 0);
-        window.add_to(means, squares, before, rows, centred);
+        window.add_to(means, squares, before, rows, subtract_mean);
         rows_before += rows;
         line += lines;
       } while (line < end);
@@ -299,9 +308,9 @@ struct Backward {
                      call.dgamma != nullptr || call.dbeta != nullptr) {}
 
   struct Scratch {
-    // Per piece the sums of dz and of dz * (x - mean), channel by channel.
+    // The sums of dz and of dz * (x - mean) of every channel, piece by piece.
     std::vector<double> dz, dzx;
-    // Per column xhat = (x - mean) * inv_std, z = xhat * gamma + beta, and
+    // Of every column: xhat = (x - mean) * inv_std, z = xhat * gamma + beta, and
     // dx = dz * factor - (offset + (x - mean) * pull).
     std::vector<A> mean, inv_std, gamma, beta, factor, offset, pull;
 
@@ -425,21 +434,21 @@ struct Backward {
     const T* x = tensors.x + unit * split.unit_elements;
     const T* dy = tensors.dy + unit * split.unit_elements;
     T* dx = tensors.dx + unit * split.unit_elements;
-    shape.for_strips_of(piece, [&](int64_t offset, int64_t step, int64_t columns, auto count) {
+    shape.for_strips_of(piece, [&](int64_t start, int64_t step, int64_t columns, auto count) {
       constexpr int K = count;
       for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
         const Pack<T> mean = read<T>(scratch.mean.data() + column);
         const Pack<T> factor = read<T>(scratch.factor.data() + column);
-        const Pack<T> all = read<T>(scratch.offset.data() + column);
+        const Pack<T> offset = read<T>(scratch.offset.data() + column);
         const Pack<T> pull = read<T>(scratch.pull.data() + column);
         Pack<T> deviation[K], dz[K];
         for (int k = 0; k < K; ++k) {
-          const int64_t at = offset + k * step + column;
+          const int64_t at = start + k * step + column;
           deviation[k] = load(x + at, lanes...) - mean;
           dz[k] = gradient(load(dy + at, lanes...), deviation[k], column, scratch);
         }
         for (int k = 0; k < K; ++k) {
-          store(dx + offset + k * step + column, dz[k] * factor - (all + deviation[k] * pull),
+          store(dx + start + k * step + column, dz[k] * factor - (offset + deviation[k] * pull),
                 lanes...);
         }
       });

@@ -5,6 +5,7 @@
 // Every array is allocated to its exact length, so that an address sanitizer sees each element read
 // or written too many. A failure prints the case and ends the program with status 1.
 #include <atomic>
+#include <cfenv>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -570,12 +571,63 @@ void check_failure() {
   }
 }
 
+// Tasks round as their caller does, on whichever thread.
+void check_mode() {
+  volatile float one = 1, little = 1e-9f;
+  for (const int mode : {FE_UPWARD, FE_TONEAREST}) {
+    std::fesetround(mode);
+    std::atomic<int> alike{0};
+    normwise::parallel_for(4, 64, [&](int64_t) {
+      alike += (one + little > 1) == (mode == FE_UPWARD);
+      std::this_thread::sleep_for(std::chrono::microseconds(50));  // for the other threads to come
+    });
+    if (alike != 64) {
+      std::printf("%d tasks of 64 round as their caller\n", alike.load());
+      std::exit(1);
+    }
+  }
+}
+
+std::atomic<int> regions{0}, late_every{8};
+
+// What GOMP_parallel does, where the other threads come late in one of so many regions.
+void parallel(void (*work)(void*), void* context, unsigned threads, unsigned) {
+  const bool late = regions++ % late_every == 0;
+  vector<std::thread> others;
+  for (unsigned other = 1; other < threads; ++other) {
+    others.emplace_back([=] {
+      if (late) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      work(context);
+    });
+  }
+  work(context);
+  for (auto& thread : others) thread.join();
+}
+
+void check_openmp(uint64_t seed) {
+  normwise::use_openmp(reinterpret_cast<void*>(parallel));
+  Source source(seed);
+  for (int i = 0; i < 40; ++i) check(source.draw());
+  check_failure();
+  check_mode();
+  // Threads that are always late are seldom waited for. The longest pause is half as many jobs.
+  late_every = 1;
+  regions = 0;
+  for (int i = 0; i < 2000; ++i) normwise::parallel_for(2, 2, [](int64_t) {});
+  if (regions == 0 || regions > 20) {
+    std::printf("2000 jobs waited %d times for late threads\n", regions.load());
+    std::exit(1);
+  }
+  normwise::use_openmp(nullptr);
+}
+
 void check_loan(uint64_t seed) {
   Source source(seed);
   Pool pool;
   const normwise::Loan loan(Pool::schedule, &pool);
   for (int i = 0; i < 40; ++i) check(source.draw());
   check_failure();
+  check_mode();
 }
 
 }  // namespace
@@ -596,6 +648,8 @@ int main(int argc, char** argv) {
   }
   check_concurrency(seed);
   check_failure();
+  check_mode();
+  check_openmp(seed);
   check_loan(seed);
   std::printf("%lld cases passed\n", static_cast<long long>(cases));
 }

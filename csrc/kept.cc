@@ -1,8 +1,8 @@
 // Layer and RMS norm over axes in the middle, as (N, C, H, W) over C: x is (outer, members, after),
 // and each of the (outer, after) columns is a set.
 //
-// A unit is a tile of neighbouring columns of one outer, narrow enough to stay in a core's cache
-// from one pass to the next.
+// A unit is a tile: some neighbouring columns of one outer over all rows, and a row is a member. It
+// is narrow enough to stay in a core's cache from one pass to the next, and one piece.
 #include "strips.h"
 
 namespace normwise::NORMWISE_ISA {
@@ -12,7 +12,9 @@ constexpr int64_t kTileBytes = 1 << 18;
 
 template <class T>
 struct Tiles {
-  int64_t members, after, width, per_outer;
+  int64_t members, after;
+  int64_t width;      // columns of a tile; the last of an outer may have fewer
+  int64_t per_outer;  // tiles
 
   explicit Tiles(const Norm& norm) : members(norm.members), after(norm.after) {
     constexpr int64_t kStep = 4 * kPack<T>;
@@ -23,8 +25,8 @@ struct Tiles {
 
   Split split(const Norm& norm) const {
     const int64_t units = norm.outer * per_outer, unit_elements = members * width;
-    const int64_t least = kElementsPerThread / unit_elements;
-    return {units, 1, unit_elements, std::max({int64_t(1), (units + 63) / 64, least})};
+    const int64_t fewest = kElementsPerThread / unit_elements;
+    return {units, 1, unit_elements, std::max({int64_t(1), (units + 63) / 64, fewest})};
   }
   int64_t outer(int64_t unit) const { return unit / per_outer; }
   int64_t first(int64_t unit) const { return unit % per_outer * width; }
@@ -45,10 +47,10 @@ struct Forward {
   explicit Forward(const Call& call)
       : tensors(call), tiles(call.norm), split(tiles.split(call.norm)) {}
 
-  // All per column, and in pack order.
+  // Of every column, in pack order.
   struct Scratch {
     std::vector<A> centre, sum, square;  // of a block: see add_moments
-    std::vector<double> means, squares;  // of the blocks so far
+    std::vector<double> means, squares;  // the moments of the blocks so far
     std::vector<A> mean, inv_std, rest;  // xhat = (x - mean) * inv_std + rest
 
     explicit Scratch(const Forward& job)
@@ -66,11 +68,12 @@ struct Forward {
     std::fill(scratch.centre.begin(), scratch.centre.end(), A(0));
   }
 
-  // Block by block, each read once: what is summed up are the deviations from the mean so far.
+  // Block by block, each read once. What is summed up are the deviations from the mean of the
+  // blocks before, and in the first from that of a few rows.
   void gather(int64_t unit, int64_t, int64_t, Scratch& scratch) const {
     const T* x = tensors.x + tiles.offset(unit);
     const int64_t columns = tiles.columns(unit);
-    const auto measure = [&](int64_t row, int64_t rows) {
+    const auto sum_up = [&](int64_t row, int64_t rows) {
       for (auto* sums : {&scratch.sum, &scratch.square}) {
         std::fill(sums->begin(), sums->end(), A(0));
       }
@@ -80,19 +83,20 @@ struct Forward {
     for (int64_t row = 0; row < tiles.members; row += kBlockRows) {
       const int64_t rows = std::min(kBlockRows, tiles.members - row);
       if (tensors.norm.subtract_mean && row == 0) {
-        // At the mean of the first few rows, and these at the first row.
+        // The centre is the mean of the first few rows, whose deviations are summed up from the
+        // first one.
         for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
           write<T>(scratch.centre.data() + column, load(x + column, lanes...));
         });
         const int64_t few = std::min(rows, enough_for_centre(rows));
-        measure(0, few);
+        sum_up(0, few);
         for (size_t i = 0; i < scratch.centre.size(); ++i) {
           scratch.centre[i] += scratch.sum[i] / A(few);
         }
       } else if (tensors.norm.subtract_mean) {
         std::copy(scratch.means.begin(), scratch.means.end(), scratch.centre.begin());
       }
-      measure(row, rows);
+      sum_up(row, rows);
       add_block(int64_t(scratch.means.size()), double(row), double(rows),
                 tensors.norm.subtract_mean, scratch.centre.data(), scratch.sum.data(),
                 scratch.square.data(), scratch.means.data(), scratch.squares.data());
@@ -161,20 +165,20 @@ struct Backward {
         accumulators(split.chunks(), tiles.members,
                      call.dgamma != nullptr || call.dbeta != nullptr) {}
 
-  // All per column, and in pack order.
+  // Of every column, in pack order.
   struct Scratch {
     std::vector<A> mean, inv_std;
-    std::vector<A> g, gx;         // sums of g = gamma * dz and of g * xhat over a block
-    std::vector<double> gs, gxs;  // and over all
-    std::vector<A> offset, pull;  // dx = g * inv_std - (offset + (x - mean) * pull)
+    std::vector<A> g, gx;                   // the sums of g = gamma * dz and of g * xhat in a block
+    std::vector<double> g_total, gx_total;  // and in all of them
+    std::vector<A> offset, pull;            // dx = g * inv_std - (offset + (x - mean) * pull)
 
     explicit Scratch(const Backward& job)
         : mean(size_t(padded<T>(job.tiles.width))),
           inv_std(mean.size()),
           g(mean.size()),
           gx(mean.size()),
-          gs(mean.size()),
-          gxs(mean.size()),
+          g_total(mean.size()),
+          gx_total(mean.size()),
           offset(mean.size()),
           pull(mean.size()) {}
   };
@@ -186,7 +190,8 @@ struct Backward {
       to_pack_order<T>(line->data(), int64_t(line->size()));
       statistics += tiles.after;
     }
-    for (auto* sums : {&scratch.gs, &scratch.gxs}) std::fill(sums->begin(), sums->end(), 0.0);
+    for (auto* sums : {&scratch.g_total, &scratch.gx_total})
+      std::fill(sums->begin(), sums->end(), 0.0);
   }
 
   // dz, the gradient with respect to what the activation was given.
@@ -203,8 +208,8 @@ struct Backward {
         gather_strip<count>(unit, chunk, row + first, step, scratch);
       });
       for (size_t i = 0; i < scratch.g.size(); ++i) {
-        scratch.gs[i] += double(scratch.g[i]);
-        scratch.gxs[i] += double(scratch.gx[i]);
+        scratch.g_total[i] += double(scratch.g[i]);
+        scratch.gx_total[i] += double(scratch.gx[i]);
       }
     }
   }
@@ -249,8 +254,9 @@ struct Backward {
     const double size = double(tiles.members);
     for (size_t i = 0; i < scratch.mean.size(); ++i) {
       const double inv_std = double(scratch.inv_std[i]);
-      scratch.offset[i] = tensors.norm.subtract_mean ? A(inv_std * scratch.gs[i] / size) : A(0);
-      scratch.pull[i] = A(inv_std * inv_std * scratch.gxs[i] / size);
+      scratch.offset[i] =
+          tensors.norm.subtract_mean ? A(inv_std * scratch.g_total[i] / size) : A(0);
+      scratch.pull[i] = A(inv_std * inv_std * scratch.gx_total[i] / size);
     }
   }
 

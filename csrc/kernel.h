@@ -1,4 +1,15 @@
-// What the families of kernels share: their arguments, and how their work is split.
+// What the families of kernels share: their words, their arguments, and how their work is split.
+//
+// From large to small:
+//   set    the elements that have one mean and one standard deviation
+//   unit   what is taken through both passes at once, first over all of its elements for the
+//          statistics and then for the result: one set or some that lie side by side in memory
+//   chunk  some units that follow each other, with sums of their own for the gradients of gamma and
+//          beta: the task of a thread where there are many
+//   piece  a part of a long unit, with sums of its own: the task of a thread where units are few
+//   block  so few elements of each set that their sums may be float32; the blocks' are float64
+//   pack   what one load of elements brings: see simd.h
+// Each family says what a unit and a piece are in it, and what it calls them.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +27,7 @@
 
 namespace normwise::NORMWISE_ISA {
 
-// The same with the types of one dtype: T in memory, A in the arithmetic.
+// A call's tensors with the types of one dtype: T in memory, A in the arithmetic.
 template <class T>
 struct Tensors {
   using A = ArithmeticOf<T>;
@@ -48,7 +59,8 @@ struct Tensors {
   A beta_at(int64_t channel) const { return beta == nullptr ? A(0) : beta[channel]; }
 };
 
-// Gamma and beta, 1 and 0 where there are none: in whole packs for each group, and in pack order.
+// Copies of gamma and beta, 1 and 0 where there are none. Each group's begin with a pack and are in
+// pack order, so that loops over a group read them pack by pack.
 template <class T>
 struct Parameters {
   using A = ArithmeticOf<T>;
@@ -71,8 +83,8 @@ struct Parameters {
     take(tensors.beta, beta);
   }
 
-  // The reverse, for a gradient.
-  static void give(std::vector<A>& from, A* to, int64_t groups, int64_t members) {
+  // Writes a gradient that was summed up in that layout as the caller's array has it.
+  static void restore(std::vector<A>& from, A* to, int64_t groups, int64_t members) {
     const int64_t width = padded<T>(members);
     for (int64_t group = 0; to != nullptr && group < groups; ++group) {
       A* line = from.data() + group * width;
@@ -82,17 +94,17 @@ struct Parameters {
   }
 };
 
-// The first element of some in memory.
+// The one element at x.
 template <class T>
 NORMWISE_INLINE ArithmeticOf<T> first_of(const T* x) {
   if constexpr (std::is_same_v<T, ArithmeticOf<T>>) return *x;
-  // Of bfloat16 without the masked load, which rows of a few elements would notice.
+  // A masked load would take longer, which counts in rows of a few elements.
   if constexpr (std::is_same_v<T, BFloat16>) return bit_cast<float>(uint32_t(x->bits) << 16);
   return load(x, 1).v[0][0];
 }
 
-// Calls f(i, lanes...) for the packs that cover the elements from begin to end; only a last one
-// that is not whole comes with a count of lanes.
+// Calls f(i) for the whole packs from begin to end, i their first element, and f(i, lanes) for a
+// last one of only so many elements.
 template <class T, class F>
 NORMWISE_INLINE void for_packs(int64_t begin, int64_t end, const F& f) {
   const int64_t whole = begin + (end - begin) / kPack<T> * kPack<T>;
@@ -105,15 +117,16 @@ inline double inverse_root(double variance, double epsilon) {
   return radicand == 0 ? 0 : 1 / std::sqrt(radicand);  // equal elements at epsilon 0 give beta
 }
 
-// Mean and squared deviations of one set, from parts that are merged in a fixed order (Chan et al.,
-// 1983), in float64: the parts are many elements each, so it costs nothing.
+// How many elements of a set were seen, their mean, and the sum of their squared deviations from
+// it. Blocks are merged in a fixed order (Chan et al., 1983), so that roundings never differ, and
+// in float64, which costs nothing since a block is many elements.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
 
-  // Adds a block of elements, of whose deviations d from `shift` the sums are given.
-  void add(double block_count, bool centred, double shift, double sum, double square) {
-    const double from_shift = centred ? sum / block_count : 0;
-    merge(block_count, centred ? shift + from_shift : 0, square - from_shift * sum);
+  // Adds a block, given the sums of its elements' deviations from `centre` and of their squares.
+  void add(double block_count, bool subtract_mean, double centre, double sum, double square) {
+    const double deviation = subtract_mean ? sum / block_count : 0;
+    merge(block_count, subtract_mean ? centre + deviation : 0, square - deviation * sum);
   }
 
   void merge(double other_count, double other_mean, double other_squares) {
@@ -129,20 +142,21 @@ struct Moments {
   }
 };
 
-// A block's sums are those of its deviations from a centre near its mean. How many elements have a
-// mean that is near enough: that of k elements is at most D / k away, where D is the largest
-// deviation, so the n squares sum up to n * D^2 / k^2 more than they should, beside at least D^2 /
-// 2 of their own; with k^2 >= n that costs no digit.
+// What is summed up of a block are the deviations from a centre near its mean. The first block of a
+// set takes the mean of its first k elements, and this says which k is enough. Where D is the
+// largest deviation, that mean is at most D / k off if the others are alike, so the n squares sum
+// up to n * D^2 / k^2 more than they should, beside at least D^2 / 2 of their own: with k^2 >= n
+// that costs no digit.
 constexpr int64_t enough_for_centre(int64_t block_elements) {
   int64_t enough = 1;
   while (enough * enough < block_elements) ++enough;
   return enough;
 }
 
-// How a family's work is split. The units share nothing but the gradients of gamma and beta, which
-// they add to the buffer of their chunk; the chunks' buffers are added in order. A unit falls into
-// pieces that can be read side by side. All this follows from the shape alone, never from the
-// number of threads, and so do the roundings.
+// How a family's work is split into units, pieces and chunks. It follows from the shape alone,
+// never from the number of threads, and so do the roundings: a piece's sums are added to its
+// unit's, and a chunk's to the gradients, in the order of their numbers, whichever thread took
+// them.
 struct Split {
   int64_t units, pieces, unit_elements;
   int64_t units_per_chunk;
@@ -150,20 +164,22 @@ struct Split {
   int64_t chunks() const { return (units + units_per_chunk - 1) / units_per_chunk; }
 };
 
-// Below this a second thread costs more to wake than it saves.
+// With fewer elements to each, waking another thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 1 << 14;
 
-// Runs a family's job: prepare(unit, scratch) sets the scratch up, gather(unit, piece, chunk,
-// scratch) reads the statistics, settle(unit, chunk, scratch) puts those of all pieces together,
-// and apply(unit, piece, scratch) writes the result.
+// Runs a family's job, unit by unit:
+//   prepare(unit, scratch)               sets the scratch up
+//   gather(unit, piece, chunk, scratch)  sums up what the statistics of the unit need of a piece
+//   settle(unit, chunk, scratch)         puts the sums of all pieces together
+//   apply(unit, piece, scratch)          writes the result for a piece
 template <class Job>
 void run(const Job& job, int threads) {
   const Split& split = job.split;
   threads = int(std::min<int64_t>(threads, split.units * split.unit_elements / kElementsPerThread));
   using Scratch = typename Job::Scratch;
 
-  // With few units the threads share each; with many, each takes some, and a unit stays in the
-  // cache of one core from its statistics to its result.
+  // With few chunks the threads share each unit. With many, each thread takes some, and a unit
+  // stays in the cache of one core from its statistics to its result.
   if (threads > 1 && split.pieces > 1 && split.chunks() < 4 * threads) {
     Scratch scratch(job);
     for (int64_t unit = 0; unit < split.units; ++unit) {
@@ -190,8 +206,8 @@ void run(const Job& job, int threads) {
   });
 }
 
-// The sums of dz * xhat and of dz that the chunks gather for dgamma and dbeta: `channels` of each,
-// one after the other.
+// Each chunk's sums for dgamma, of dz * xhat, and for dbeta, of dz: `channels` of the one, then as
+// many of the other. dz is the gradient with respect to what the activation was given.
 template <class S>
 class Accumulators {
  public:
@@ -202,7 +218,7 @@ class Accumulators {
   S* dgamma(int64_t chunk) const { return sums_.data() + chunk * 2 * channels_; }
   S* dbeta(int64_t chunk) const { return dgamma(chunk) + channels_; }
 
-  // Writes the sums over all chunks.
+  // Writes the sums over all chunks, which are added in order, some columns to a task.
   template <class A>
   void reduce(A* dgamma, A* dbeta, int threads) const {
     constexpr int64_t kColumns = 64;

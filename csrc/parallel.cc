@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <exception>
@@ -40,21 +41,35 @@ inline void pause() {
 #endif
 }
 
-// About 20 us: the phases of one call follow each other sooner than that, and a thread that waits
-// longer would take a core from the framework's own pool.
-constexpr int kSpins = 1000;
-
-// For what other threads are about to finish.
-template <class Done>
-void wait_until(const Done& done) {
-  for (int spins = 0; !done(); ++spins) spins < kSpins ? pause() : std::this_thread::yield();
+// How a thread rounds, and whether it takes denormals for 0: the bits of its control register.
+#if defined(__x86_64__)
+using FloatingMode = unsigned;
+inline FloatingMode floating_mode() { return _mm_getcsr(); }
+inline void set_floating_mode(FloatingMode mode) { _mm_setcsr(mode); }
+#elif defined(__aarch64__)
+using FloatingMode = uint64_t;
+inline FloatingMode floating_mode() {
+  FloatingMode mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
 }
+inline void set_floating_mode(FloatingMode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
+#else
+using FloatingMode = int;
+inline FloatingMode floating_mode() { return 0; }
+inline void set_floating_mode(FloatingMode) {}
+#endif
+
+// Some tens of microseconds: the phases of one call follow each other sooner than that, and a
+// thread that waits longer would take a core from the framework's own pool.
+constexpr int kSpins = 1000;
 
 // The tasks of one call. Each thread has a range of neighbouring ones, which it takes in order, and
 // then helps with the ranges of the others. Were neighbours handed to different threads, these
-// would write side by side, and one's cache would fetch ahead what the other is about to write:
-// layer norm over (8, 96, 56, 56), axis 1, took 2.4 times as long then, whenever they fell into
-// step.
+// would write side by side, and one's cache would fetch ahead what the other is about to write.
+//
+// All threads calculate in the caller's mode: which of them takes a task is chance, and equal calls
+// are to give equal bits.
 class Job {
  public:
   static constexpr int kMostRanges = 64;
@@ -64,21 +79,15 @@ class Job {
     for (int range = 0; range < ranges_; ++range) next_[range].task = begin(range);
   }
 
-  // Helps until no task is left; `self` tells the threads apart. A task may run out of memory, and
-  // on most threads no one would catch that: it is kept for the caller.
-  void help(int self) noexcept {
-    try {
-      for (int i = 0; i < ranges_; ++i) {
-        const int range = (self + i) % ranges_;
-        for (;;) {
-          const int64_t task = next_[range].task.fetch_add(1, std::memory_order_relaxed);
-          if (task >= begin(range + 1)) break;
-          work_(context_, task);
-        }
-      }
-    } catch (...) {
-      if (!failed_.test_and_set()) failure_ = std::current_exception();
-    }
+  // Helps until no task is left, on the caller's thread.
+  void help() noexcept { take_tasks(0); }
+
+  // The same on another thread, the `other`th that came.
+  void help(int other) noexcept {
+    const FloatingMode own = floating_mode();
+    set_floating_mode(callers_mode_);
+    take_tasks(1 + other);
+    set_floating_mode(own);
   }
 
   // Throws what a task threw, once all who helped are done.
@@ -93,13 +102,55 @@ class Job {
 
   int64_t begin(int range) const { return tasks_ * range / ranges_; }
 
+  // A task may run out of memory, and on most threads no one would catch that: it is kept for the
+  // caller.
+  void take_tasks(int self) noexcept {
+    try {
+      for (int i = 0; i < ranges_; ++i) {
+        const int range = (self + i) % ranges_;
+        for (;;) {
+          const int64_t task = next_[range].task.fetch_add(1, std::memory_order_relaxed);
+          if (task >= begin(range + 1)) break;
+          work_(context_, task);
+        }
+      }
+    } catch (...) {
+      if (!failed_.test_and_set()) failure_ = std::current_exception();
+    }
+  }
+
   int64_t tasks_;
   int ranges_;
   void (*work_)(void*, int64_t);
   void* context_;
   std::atomic_flag failed_ = ATOMIC_FLAG_INIT;
   std::exception_ptr failure_;
+  FloatingMode callers_mode_ = floating_mode();
   Next next_[kMostRanges];
+};
+
+// Lets threads in while it is open, and once it is closed waits for those who are in, but not for
+// those who have not come: these may be at work elsewhere, or have to wait for a core.
+class Gate {
+ public:
+  // Whether it is open; leave() follows in any case.
+  bool enter() { return (state_.fetch_add(1) & kClosed) == 0; }
+
+  void leave() { state_.fetch_sub(1); }
+
+  void open() { state_.fetch_and(~kClosed); }
+
+  void close() {
+    state_.fetch_or(kClosed);
+    for (int spins = 0; state_.load() != kClosed; ++spins) {
+      spins < kSpins ? pause() : std::this_thread::yield();
+    }
+  }
+
+ private:
+  static constexpr int kClosed = 1 << 30;
+
+  std::atomic<int> state_{0};  // how many are in, and kClosed
 };
 
 class Pool {
@@ -129,14 +180,14 @@ class Pool {
     if (!mine.owns_lock()) return false;
     job_ = &job;
     helpers_ = threads - 1;
-    round_.fetch_add(1);  // odd: open
+    gate_.open();
+    round_.fetch_add(1);
     if (asleep_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    job.help(0);
-    round_.fetch_add(1);  // even: closed. No task is left, but some may still be at work on theirs.
-    wait_until([&] { return inside_.load() == 0; });
+    job.help();
+    gate_.close();
     return true;
   }
 
@@ -145,12 +196,9 @@ class Pool {
     uint64_t done = 0;
     for (int spins = 0;; ++spins) {
       const uint64_t round = round_.load();
-      if (round % 2 == 1 && round != done) {
-        // Whoever is inside is waited for, so the job is read only once the round is found open
-        // still: both sides use sequentially consistent operations, and one sees the other.
-        inside_.fetch_add(1);
-        if (round_.load() == round && index < helpers_) job_->help(index + 1);
-        inside_.fetch_sub(1);
+      if (round != done) {
+        if (gate_.enter() && index < helpers_) job_->help(index);
+        gate_.leave();
         done = round;
         spins = 0;
       } else if (spins < kSpins) {
@@ -158,7 +206,7 @@ class Pool {
       } else {
         std::unique_lock<std::mutex> lock(sleep_);
         asleep_.fetch_add(1);
-        wake_.wait(lock, [&] { return round_.load() % 2 == 1 && round_.load() != done; });
+        wake_.wait(lock, [&] { return round_.load() != done; });
         asleep_.fetch_sub(1);
         spins = 0;
       }
@@ -168,65 +216,103 @@ class Pool {
   std::mutex callers_;
   Job* job_ = nullptr;
   int helpers_ = 0;
-  std::atomic<uint64_t> round_{0};
-  std::atomic<int> inside_{0};
+  Gate gate_;
+  std::atomic<uint64_t> round_{0};  // how many jobs there were
   std::mutex sleep_;
   std::condition_variable wake_;
   std::atomic<int> asleep_{0};
 };
 
 // OpenMP's threads, where the framework's own are those: calls work(context) on `threads` threads
-// of which the caller is one. The signature is GCC's, and part of its ABI.
+// of which the caller is one, and waits for all of them. The signature is GCC's, and part of its
+// ABI.
 using OpenMp = void (*)(void (*work)(void*), void* context, unsigned threads, unsigned flags);
 std::atomic<OpenMp> openmp{nullptr};
+
+using Clock = std::chrono::steady_clock;
+
+// Whether OpenMP's threads come in time. It waits for each of them, also for one that gets a core
+// only when no task is left: where other processes keep the cores busy, for a time slice in every
+// parallel region. After such a wait some jobs go to the pool instead, which waits for no one who
+// has not begun, and after the next wait twice as many. Every few jobs in time halve that again:
+// the pool has to share its cores with OpenMP's spinning threads, and few jobs late are the lesser
+// evil.
+class Trust {
+ public:
+  // Whether the next job goes to OpenMP.
+  bool allows() { return pause_.load(kRelaxed) <= 0 || pause_.fetch_sub(1, kRelaxed) <= 0; }
+
+  void note(bool late) {
+    const int length = length_.load(kRelaxed);
+    if (late) {
+      pause_.store(length, kRelaxed);
+      length_.store(std::min(2 * length, kLongest), kRelaxed);
+      in_time_.store(0, kRelaxed);
+    } else if (in_time_.fetch_add(1, kRelaxed) + 1 >= kFew) {
+      length_.store(std::max(1, length / 2), kRelaxed);
+      in_time_.store(0, kRelaxed);
+    }
+  }
+
+ private:
+  static constexpr auto kRelaxed = std::memory_order_relaxed;
+  static constexpr int kFew = 16, kLongest = 1024;
+
+  // In jobs: what is left of this pause, how long the next one is, and how many were in time.
+  std::atomic<int> pause_{0}, length_{1}, in_time_{0};
+} trust;
 
 void run_on_openmp(OpenMp parallel, Job& job, int threads) {
   struct Team {
     Job& job;
     std::thread::id caller;
     std::atomic<int> others{0};
+    Clock::duration worked{0};  // by the caller
   } team{job, std::this_thread::get_id()};
   const auto help = [](void* context) {
     Team& team = *static_cast<Team*>(context);
-    const bool is_caller = std::this_thread::get_id() == team.caller;
-    team.job.help(is_caller ? 0 : 1 + team.others.fetch_add(1, std::memory_order_relaxed));
+    if (std::this_thread::get_id() != team.caller) {
+      team.job.help(team.others.fetch_add(1, std::memory_order_relaxed));
+      return;
+    }
+    const Clock::time_point begin = Clock::now();
+    team.job.help();
+    team.worked = Clock::now() - begin;
   };
+  const Clock::time_point begin = Clock::now();
   parallel(help, &team, unsigned(threads), 0);
+  const Clock::duration waited = Clock::now() - begin - team.worked;
+  // All wait for the last task. That is about as long as one of the caller's, and to wake a thread
+  // takes less than the rest.
+  trust.note(waited > team.worked + std::chrono::microseconds(200));
 }
 
 thread_local const Loan* loan = nullptr;
 
-// A job that was offered to lent threads. Nobody waits for those that have not come when all tasks
-// are done, since the pool may be at work elsewhere or be the caller's own thread; so this outlives
-// the call, until the last of them has looked in.
+// A job that was offered to lent threads. One of them may come long after the call, since the pool
+// may be at work elsewhere or be the caller's own thread; so this lives until the last has come.
 class Offer {
  public:
   Offer(Job& job, int others) : job_(job), owners_(1 + others) {}
 
   static void take(void* offer) { static_cast<Offer*>(offer)->help(); }
 
-  // No one begins after this, and whoever has begun is done.
-  void close() {
-    state_.fetch_or(kClosed);
-    wait_until([&] { return state_.load() == kClosed; });
-  }
+  void close() { gate_.close(); }
 
   void release() {
     if (owners_.fetch_sub(1) == 1) delete this;
   }
 
  private:
-  static constexpr int kClosed = 1 << 30;
-
   void help() {
-    if ((state_.fetch_add(1) & kClosed) == 0) job_.help(1 + others_.fetch_add(1));
-    state_.fetch_sub(1);
+    if (gate_.enter()) job_.help(others_.fetch_add(1));
+    gate_.leave();
     release();
   }
 
   Job& job_;
+  Gate gate_;
   std::atomic<int> owners_;
-  std::atomic<int> state_{0};  // how many are inside, and kClosed
   std::atomic<int> others_{0};
 };
 
@@ -235,7 +321,7 @@ void run_on_loan(const Loan& loan, Job& job, int threads) {
   for (int other = 1; other < threads; ++other) {
     if (!loan.schedule(Offer::take, offer)) offer->release();
   }
-  job.help(0);
+  job.help();
   offer->close();
   offer->release();
 }
@@ -298,10 +384,10 @@ void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* c
   Job job(threads, tasks, work, context);
   if (loan != nullptr) {
     run_on_loan(*loan, job, threads);
-  } else if (const OpenMp parallel = openmp.load()) {
+  } else if (const OpenMp parallel = openmp.load(); parallel != nullptr && trust.allows()) {
     run_on_openmp(parallel, job, threads);
   } else if (!the_pool()->run(job, threads)) {
-    job.help(0);
+    job.help();
   }
   job.rethrow();
 }

@@ -9,8 +9,9 @@ namespace normwise {
 // affinity allows. Read once.
 int thread_limit();
 
-// From now on use the threads of OpenMP, given its GOMP_parallel, in this process: after a parallel
-// region they spin for milliseconds, and other threads would have to share their cores with them.
+// From now on use the threads of OpenMP, given its GOMP_parallel, in this process, as long as they
+// come in time: after a parallel region they spin for milliseconds, and other threads would have to
+// share their cores with them.
 void use_openmp(void* parallel);
 
 // While it lives, the calls of the thread that made it run on the threads of a framework's own
@@ -35,8 +36,9 @@ class Loan {
 
 // Calls work(context, task) once for every task in [0, tasks), on up to `threads` threads of which
 // the caller is one, and returns when all are done. Each thread begins in a part of its own of the
-// tasks. Where the pool is at work for another caller, all run in this one. If a task throws, so
-// does this, of several exceptions one, when no thread is at work any more.
+// tasks, and all round and flush denormals as the caller does. Where the pool is at work for
+// another caller, all run in this one. If a task throws, so does this, of several exceptions one,
+// when no thread is at work any more.
 void run_tasks(int threads, int64_t tasks, void (*work)(void*, int64_t), void* context);
 
 template <class Work>

@@ -1,68 +1,71 @@
 // Norms whose sets are rows: layer and RMS norm over trailing axes, group norm without positions. x
 // is (outer, groups, members), and the members of a set lie side by side.
 //
-// A unit is a batch of rows of one group, which stays in the first cache from one pass to the next.
-// Their statistics are the lanes of a vector, one to a row: a root, a quotient and a sum of lanes
-// cost as much as a short row, and so are taken of all rows at once.
+// A unit is a batch: some rows of one group, few enough to stay in the first cache from one pass to
+// the next. It is one piece and one block. The statistics of its rows are the lanes of a vector,
+// one to a row: a root, a quotient and a sum of lanes cost as much as a short row, and so are taken
+// of all rows at once. So a batch has no more rows than a vector has lanes.
 #include "kernel.h"
 
 namespace normwise::NORMWISE_ISA {
 namespace rows {
 
-// Elements of a batch: few enough for the first cache.
+// The elements of a batch that the first cache holds.
 constexpr int64_t kBatchElements = 1 << 11;
-// Where rows shorter than a page come from memory, this much of them is a batch, forward and
-// backward: memory must not wait while a batch goes through its steps, and hands out a page sooner
-// in order than in several places. Backward over 32,768 float32 rows of 256 that is 1.5 times as
-// fast.
+// Rows shorter than a page that come from memory: so much of them is a batch, forward and backward.
+// Memory must not wait while a batch goes through its steps, and hands out a page sooner in order
+// than in several places.
 constexpr int64_t kPageBytes = 4096;
 constexpr int64_t kStreamedBytes[] = {4096, 1024};
-// Rows whose gradients of gamma and beta are added up in registers before they go to memory.
+// So many rows' gradients of gamma and beta are added up in registers before they go to memory.
 template <class T>
-constexpr int kTogether = std::min(4, kLanes<ArithmeticOf<T>>);
+constexpr int kRowsTogether = std::min(4, kLanes<ArithmeticOf<T>>);
 
 template <class T>
 struct Batches {
   using A = ArithmeticOf<T>;
 
-  int64_t outer, groups, members, batch, per_group, units_per_chunk;
+  int64_t outer, groups, members;
+  int64_t rows;       // of a batch; the last of a group may have fewer
+  int64_t per_group;  // batches
+  int64_t units_per_chunk;
 
   explicit Batches(const Call& call)
       : outer(call.norm.outer), groups(call.norm.groups), members(call.norm.members) {
     const int64_t row_bytes = members * int64_t(sizeof(T));
-    batch = call.from_memory && row_bytes < kPageBytes
-                ? kStreamedBytes[call.dy != nullptr] / row_bytes
-                : std::max<int64_t>(kTogether<T>, kBatchElements / members);
-    batch = std::clamp<int64_t>(batch, 1, kLanes<A>);
-    per_group = (outer + batch - 1) / batch;
-    // A chunk has two sums for every member, each of as many terms as it has rows: some at least,
-    // so that the sums are few beside the elements, and not too many for their roundings.
-    const int64_t least = std::max(kElementsPerThread / (batch * members), 32 / batch);
-    units_per_chunk = std::min(std::max((per_group * groups + 63) / 64, least), 2048 / batch);
+    rows = call.from_memory && row_bytes < kPageBytes
+               ? kStreamedBytes[call.dy != nullptr] / row_bytes
+               : std::max<int64_t>(kRowsTogether<T>, kBatchElements / members);
+    rows = std::clamp<int64_t>(rows, 1, kLanes<A>);
+    per_group = (outer + rows - 1) / rows;
+    // A chunk has two sums for every member, each of as many terms as it has rows: at least 32, so
+    // that the sums are few beside the elements, and at most 2,048, for their roundings.
+    const int64_t fewest = std::max(kElementsPerThread / (rows * members), 32 / rows);
+    units_per_chunk = std::min(std::max((per_group * groups + 63) / 64, fewest), 2048 / rows);
   }
 
-  Split split() const { return {groups * per_group, 1, batch * members, units_per_chunk}; }
+  Split split() const { return {groups * per_group, 1, rows * members, units_per_chunk}; }
 
   // From one row of a unit to the next, in x and in the statistics.
   int64_t stride() const { return groups * members; }
   int64_t statistics_stride() const { return groups * 2; }
 
-  // A unit: how many rows it has, and where they, the parameters of their group and their means
-  // begin.
+  // Of one unit: how many rows it has, and where these begin in x, the gammas of their group in
+  // Parameters, and their means in the statistics.
   struct Place {
     int64_t rows, offset, parameters, statistics;
   };
   Place place(int64_t unit) const {
     const int64_t group = groups == 1 ? 0 : unit / per_group;
-    const int64_t first = (unit - group * per_group) * batch;
-    return {std::min(batch, outer - first), (first * groups + group) * members,
+    const int64_t first = (unit - group * per_group) * rows;
+    return {std::min(rows, outer - first), (first * groups + group) * members,
             group * padded<T>(members), first * 2 * groups + group};
   }
 };
 
-// The statistics of a batch: element i of each array is that of row i.
+// A number for each row of a batch, as one vector.
 template <class T>
-struct Lanes {
+struct PerRow {
   using A = ArithmeticOf<T>;
 
   A values[kLanes<A>];
@@ -90,20 +93,20 @@ struct Forward {
 
   struct Scratch {
     typename Batches<T>::Place place;
-    Lanes<T> mean = {}, inv_std = {}, rest = {};  // xhat = (x - mean) * inv_std - rest
+    PerRow<T> mean = {}, inv_std = {}, rest = {};  // xhat = (x - mean) * inv_std - rest
 
     explicit Scratch(const Forward&) {}
   };
 
   void prepare(int64_t unit, Scratch& scratch) const { scratch.place = batches.place(unit); }
 
-  // Of each row, the sums of d and of d * d.
+  // Of each row, the sum of its deviations d from a centre, and that of d * d.
   struct Sums {
     Vec<A> of, of_squares;
   };
 
-  // From what d is: nothing, a centre for each row, or the mean of a few of its elements, which is
-  // noted down.
+  // The centre: 0, one that is given for each row, or the mean of the row's first few elements,
+  // which is written to where the others are given.
   enum class From { kNothing, kCentre, kFew };
 
   struct Partial {
@@ -118,7 +121,8 @@ struct Forward {
     }
   };
 
-  // Of the first four elements, whose mean is half as far out as one; quarters do not overflow.
+  // Of the first four elements, whose mean mostly lies half as far out as one of them. Quarters are
+  // added, for a sum could overflow.
   A mean_of_few(const T* x) const {
     const int64_t apart = batches.members >= 4 ? 1 : 0;
     const A quarter = A(0.25);
@@ -131,7 +135,7 @@ struct Forward {
 
   // The sums over the first members of each row that is chosen, 0 for the others.
   template <From from>
-  Sums sums_of(Lanes<T>& centre, int64_t members, const Scratch& scratch,
+  Sums sums_of(PerRow<T>& centre, int64_t members, const Scratch& scratch,
                const Chosen& chosen = ~Chosen{}) const {
     const T* x = tensors.x + scratch.place.offset;
     const int64_t rows = scratch.place.rows, whole = members / kPack<T> * kPack<T>;
@@ -171,7 +175,7 @@ struct Forward {
     if (tensors.norm.subtract_mean) {
       // The centre is the mean of a few elements, or if there are many that of some, found so:
       // equal elements have exactly their own mean, and no sum grows with it.
-      Lanes<T> centre = {};
+      PerRow<T> centre = {};
       constexpr int64_t kSome = 4 * kPack<T>;
       Sums found;
       if (batches.members > 4 * kSome) {
@@ -195,7 +199,7 @@ struct Forward {
         variance = far ? found.of_squares / size - rest * rest : variance;
       }
     } else {
-      Lanes<T> none = {};
+      PerRow<T> none = {};
       variance = sums_of<From::kNothing>(none, batches.members, scratch).of_squares / size;
     }
     const Vec<A> radicand = variance + A(tensors.norm.epsilon);
@@ -251,9 +255,9 @@ struct Backward {
 
   struct Scratch {
     typename Batches<T>::Place place;
-    Lanes<T> mean = {}, inv_std = {};
+    PerRow<T> mean = {}, inv_std = {};
     // dx = g * inv_std - (offset + (x - mean) * pull), where g = gamma * dz.
-    Lanes<T> offset = {}, pull = {};
+    PerRow<T> offset = {}, pull = {};
 
     explicit Scratch(const Backward&) {}
   };
@@ -279,8 +283,8 @@ struct Backward {
     const int64_t rows = scratch.place.rows;
     Vec<A> g_sums[kLanes<A>], gx_sums[kLanes<A>];
     int64_t row = 0;
-    for (; row + kTogether<T> <= rows; row += kTogether<T>) {
-      gather_rows<kTogether<T>>(row, chunk, scratch, g_sums + row, gx_sums + row);
+    for (; row + kRowsTogether<T> <= rows; row += kRowsTogether<T>) {
+      gather_rows<kRowsTogether<T>>(row, chunk, scratch, g_sums + row, gx_sums + row);
     }
     for (; row + 2 <= rows; row += 2) {
       gather_rows<2>(row, chunk, scratch, g_sums + row, gx_sums + row);
@@ -361,8 +365,8 @@ struct Backward {
   void reduce(int threads) const {
     std::vector<A> dgamma(parameters.gamma.size()), dbeta(dgamma.size());
     accumulators.reduce(dgamma.data(), dbeta.data(), threads);
-    Parameters<T>::give(dgamma, tensors.dgamma, batches.groups, batches.members);
-    Parameters<T>::give(dbeta, tensors.dbeta, batches.groups, batches.members);
+    Parameters<T>::restore(dgamma, tensors.dgamma, batches.groups, batches.members);
+    Parameters<T>::restore(dbeta, tensors.dbeta, batches.groups, batches.members);
   }
 };
 

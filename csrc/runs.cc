@@ -1,23 +1,26 @@
 // Norms whose sets are long runs of memory: group and instance norm channels first or in the
 // middle, layer and RMS norm over very many elements.
 //
-// A unit is one set, `before` runs of members * after elements. Where after is 1 each element of a
-// run has a gamma of its own, else each stretch of `after` elements.
+// A unit is one set: `before` runs of members * after elements that lie side by side in memory. A
+// piece is a part of its run where it has only one. Where after is 1 each element of a run has a
+// gamma of its own; else the run falls into stretches of `after` elements, and each of these has.
 #include "kernel.h"
 
 namespace normwise::NORMWISE_ISA {
 namespace runs {
 
-// A piece of a long set, to be read by one thread.
+// The elements of a piece.
 constexpr int64_t kPieceElements = 1 << 16;
-// Sums that do not wait for each other. Read in four places at once a block is slower, by a tenth.
+// So many neighbouring packs have sums of their own, so that no addition waits for the one before.
+// They are neighbours, since a block that is read in several places at once takes longer.
 template <class T>
 constexpr int kSums = 4 / kVectors<T>;
-// Of a block the sums stay in float32, 128 terms in each lane; then they go on in float64.
+// The elements of a block: 128 for each lane of the sums.
 template <class T>
 constexpr int64_t kBlockElements = 128 * kSums<T> * kPack<T>;
 
-// Two sums over a block of elements: f(i, first, second, lanes...) adds what a pack gives to them.
+// Two sums over the elements of a block: f(i, first, second, lanes...) adds to both of them what
+// the pack at i gives.
 template <class T, class F>
 NORMWISE_INLINE std::array<double, 2> block_sums(int64_t elements, const F& f) {
   constexpr int kCount = kSums<T>;
@@ -43,17 +46,18 @@ inline void for_blocks(int64_t begin, int64_t end, const F& f) {
     f(begin, std::min(end, begin + kBlockElements<T>));
 }
 
-// Adds the elements of a run to the moments, block by block, each read once: what is summed up are
-// the deviations from the mean so far, at first from that of a few elements.
+// Adds the elements of a run to the moments, block by block, each read once. What is summed up are
+// the deviations from the mean of the blocks before, and in the first block from that of its first
+// few elements.
 template <class T>
-void add_run(const T* x, int64_t elements, bool centred, Moments& moments) {
+void add_run(const T* x, int64_t elements, bool subtract_mean, Moments& moments) {
   using A = ArithmeticOf<T>;
   for_blocks<T>(0, elements, [&](int64_t begin, int64_t end) {
     const T* block = x + begin;
     A centre = 0;
-    if (centred && moments.count > 0) {
+    if (subtract_mean && moments.count > 0) {
       centre = A(moments.mean);
-    } else if (centred) {
+    } else if (subtract_mean) {
       const int64_t few = enough_for_centre(end - begin);
       const A first = first_of(block);
       const auto sums = block_sums<T>(few, [&](int64_t i, Pack<T>& sum, Pack<T>&, auto... lanes) {
@@ -67,11 +71,11 @@ void add_run(const T* x, int64_t elements, bool centred, Moments& moments) {
           sums += d;
           squares += d * d;
         });
-    moments.add(double(end - begin), centred, double(centre), sum, square);
+    moments.add(double(end - begin), subtract_mean, double(centre), sum, square);
   });
 }
 
-// How a set lies in memory, and which gammas its elements have.
+// How the sets lie in memory, and which gammas their elements have.
 struct Sets {
   int64_t groups, before, members, after, run, pieces;
   bool gamma_per_element;
@@ -94,15 +98,15 @@ struct Sets {
 
   Split split(const Norm& norm) const {
     const int64_t units = norm.outer * groups;
-    const int64_t least = kElementsPerThread / elements();
-    // A chunk may have two sums for every element of a set.
-    const int64_t per_chunk = std::max({int64_t(1), (units + 63) / 64, least});
+    const int64_t fewest = kElementsPerThread / elements();
+    const int64_t per_chunk = std::max({int64_t(1), (units + 63) / 64, fewest});
+    // With a gamma for each element a chunk's sums are as many as two units have elements.
     return {units, pieces, elements(),
             gamma_per_element ? std::max<int64_t>(4, per_chunk) : per_chunk};
   }
 
-  // Calls f(start, begin, end) for the runs of a piece, as offsets into x: that of the whole run,
-  // and those of what is in the piece.
+  // Calls f(start, begin, end) for each run of a piece: the offset in x where the run starts, and
+  // those between which it lies in the piece.
   template <class F>
   void for_runs(int64_t unit, int64_t piece, const F& f) const {
     for (int64_t index = 0; index < before; ++index) {
@@ -112,7 +116,8 @@ struct Sets {
     }
   }
 
-  // Calls f(member, begin, end) for the stretches of one gamma between two offsets of a run.
+  // Calls f(member, begin, end) for each stretch between two offsets of the run that starts at
+  // `start`.
   template <class F>
   void for_stretches(int64_t start, int64_t begin, int64_t end, const F& f) const {
     for (int64_t member = (begin - start) / after; begin < end; ++member) {
@@ -376,8 +381,8 @@ struct Backward {
     }
     std::vector<A> dgamma(parameters.gamma.size()), dbeta(dgamma.size());
     accumulators.reduce(dgamma.data(), dbeta.data(), threads);
-    Parameters<T>::give(dgamma, tensors.dgamma, sets.groups, sets.members);
-    Parameters<T>::give(dbeta, tensors.dbeta, sets.groups, sets.members);
+    Parameters<T>::restore(dgamma, tensors.dgamma, sets.groups, sets.members);
+    Parameters<T>::restore(dbeta, tensors.dbeta, sets.groups, sets.members);
   }
 };
 

@@ -1,27 +1,30 @@
-// Sums down the columns of a matrix: what columns.cc and kept.cc have in common.
+// Sums down the columns of a matrix: what columns.cc and kept.cc have in common. There each column
+// belongs to one set, and a pack holds elements of many.
 //
-// A matrix lies in memory with `stride` elements from row to row. It is read in strips of a few
-// rows, along each strip pack by pack, so that what belongs to a column is read once per strip.
-// Every array of columns is in pack order, and as long as padded() says.
+// A matrix lies in memory with `stride` elements from row to row. A strip is a few of its rows that
+// are read side by side, pack by pack from left to right: so what belongs to a column is loaded
+// once for all of them. Every array that has an element for each column is in pack order, and as
+// long as padded() says.
 #pragma once
 
 #include "kernel.h"
 
 namespace normwise::NORMWISE_ISA {
 
-// Of this many rows the sums stay in float32; then they go on in float64.
+// The rows of a block.
 constexpr int64_t kBlockRows = 128;
-// Of this many columns the sums fit the first cache.
+// The most columns whose sums fit the first cache.
 constexpr int64_t kWindow = 1024;
 
-// The rows of a strip are far apart, so that they lie in different pages: then memory hands them
-// out side by side. On AMD Zen 4, float32 and 32 MB, a core reads 30 GB/s in strips of eight rows,
-// 15 if they are neighbours, and 18 row by row. More than eight pages at once are too many, of
-// which array they may be.
+// The rows of a strip: as many as there are read, and fewer where as many again are written. They
+// are far apart, so that they lie in different pages: then memory hands them out side by side,
+// which neighbouring rows would have to wait for (docs/kernels.md). More than eight pages at once
+// are too many, of all arrays together.
 constexpr int kReadRows = 8;
 constexpr int kWrittenRows = 4;
 
-// Calls f(row, step, count) for strips of the rows row, row + step, ... that cover all of them.
+// Calls f(row, step, count) for the strips of a matrix: `count` rows, which are row, row + step,
+// row + 2 * step and so on. The rows that are left over are strips of one.
 template <int Count, class F>
 NORMWISE_INLINE void for_strips(int64_t rows, const F& f) {
   const int64_t step = rows / Count;
@@ -31,7 +34,7 @@ NORMWISE_INLINE void for_strips(int64_t rows, const F& f) {
   }
 }
 
-// Adds the deviations d = x - centre of some rows, and d^2, to the sums of their columns.
+// Adds the deviations d = x - centre of some rows, and their squares, to the sums of each column.
 template <class T>
 void add_moments(const T* x, int64_t stride, int64_t rows, int64_t columns,
                  const ArithmeticOf<T>* centres, ArithmeticOf<T>* sums, ArithmeticOf<T>* squares) {
@@ -54,8 +57,8 @@ void add_moments(const T* x, int64_t stride, int64_t rows, int64_t columns,
   });
 }
 
-// What Moments::merge does, for many sets at once: adds `count` elements to the `before` that each
-// has so far. other(i) is the mean and the squared deviations of what is added to set i.
+// What Moments::merge does, for many sets of as many elements at once: each has `before` so far,
+// and gets `count` more, whose mean and squared deviations are other(set).
 template <class F>
 inline void merge(int64_t sets, double before, double count, double* means, double* squares,
                   const F& other) {
@@ -68,11 +71,12 @@ inline void merge(int64_t sets, double before, double count, double* means, doub
   }
 }
 
-// The same for a block whose deviations from a centre are summed up.
+// What Moments::add does, for as many sets.
 template <class S>
-inline void add_block(int64_t sets, double before, double count, bool centred, const S* centres,
-                      const S* sums, const S* block_squares, double* means, double* squares) {
-  const double inverse = centred ? 1 / count : 0;
+inline void add_block(int64_t sets, double before, double count, bool subtract_mean,
+                      const S* centres, const S* sums, const S* block_squares, double* means,
+                      double* squares) {
+  const double inverse = subtract_mean ? 1 / count : 0;
   merge(sets, before, count, means, squares, [=](int64_t i) {
     const double deviation = double(sums[i]) * inverse;
     return std::array<double, 2>{double(centres[i]) + deviation,

@@ -324,3 +324,19 @@ def test_another_default_device_changes_nothing(plan):
     with torch.device("meta"):
         found = both_passes(native(plan), arrays, dy)
     assert_same(found, want, 0)
+
+
+def test_all_threads_flush_denormals_as_the_caller():
+    # Wherever a row is calculated, a denormal gamma counts as 0 if the caller says so.
+    plan = geometry.layer((4096, 256), -1)
+    x = torch.tensor(np.random.default_rng(0).normal(size=plan.shape), dtype=torch.float32)
+    gamma = torch.full(plan.parameter_shape, 1e-39)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        flushed = [native(plan)(x, gamma, None) for _ in range(10)]
+    finally:
+        torch.set_flush_denormal(False)
+    kept = [native(plan)(x, gamma, None) for _ in range(10)]
+    assert [y.count_nonzero().item() for y in flushed] == [0] * 10
+    assert all((y != 0).float().mean() > 0.99 for y in kept)
