@@ -52,45 +52,61 @@ def normalize(norm: Norm, x, operands: Operands, *, differentiable=True):
     else:
         deviation, variance = _moments(x, geometry)
 
-    scale = _inverse_root(norm, variance, operands)
+    scale = inverse_root(norm, variance, operands)
     if gamma is None:
         y = deviation * scale
     elif norm.subtract_mean or per_channel:
-        y = deviation * (scale * _spread(gamma, geometry))
+        y = deviation * (scale * spread(gamma, geometry))
     else:
         # The product of scale and gamma would be as large as x, and RMS norm gains nothing by it.
         # Layer norm does: `make bench` has both.
-        y = deviation * scale * _spread(gamma, geometry)
-    return y if beta is None else y + _spread(beta, geometry)
+        y = deviation * scale * spread(gamma, geometry)
+    return y if beta is None else y + spread(beta, geometry)
 
 
 def statistics(norm: Norm, x):
-    """What an engine keeps of the forward pass, as csrc/normwise.h defines it, of a plain `x`.
+    """What an engine keeps of the forward pass, as csrc/normwise.h defines it.
 
     Returns:
         A tensor of `norm.geometry.statistics_shape(x.shape)` and the dtype of the arithmetic.
     """
-    geometry = norm.geometry
-    shape = list(geometry.statistics_shape(ops.shape(x)))
-    where = geometry.ends[0]
-    del shape[where]
+    count = set_size(x, norm.geometry)
+    _, mean, variance = moments(norm, x, lambda x: total(x, norm.geometry), count)
+    return stack(norm, ops.shape(x), mean, inverse_root(norm, variance, NONE))
+
+
+def moments(norm: Norm, x, total, count):
+    """The deviation of `x` from the mean of its set, that mean, and the variance.
+
+    Args:
+        norm: what the call is; where it subtracts no mean, that is 0.
+        x: the input.
+        total: gives the sums over each set.
+        count: the number of elements of a set.
+    """
     x = ops.cast(x, norm.arithmetic)
-    count = set_size(x, geometry)
-    mean = total(x, geometry) / count
+    mean = total(x) / count
     if norm.subtract_mean:
         x = x - mean
-        rest = total(x, geometry) / count
+        rest = total(x) / count
         x, mean = x - rest, mean + rest
     else:
         mean = ops.zeros_like(mean)
-    variance = total(ops.square(x), geometry) / count
-    each = (mean, _inverse_root(norm, variance, NONE))
+    return x, mean, total(ops.square(x)) / count
+
+
+def stack(norm: Norm, shape, mean, inv_std):
+    """The statistics of an x of this shape, of means and inverse deviations that broadcast to x."""
+    geometry = norm.geometry
+    kept = list(geometry.statistics_shape(shape))
+    del kept[geometry.ends[0]]
+    each = (mean, inv_std)
     if geometry.splits_channels:
         # One of the members of a group, which all have its statistics.
         (channel,) = geometry.parameter_axes
         members = (slice(None),) * channel + (slice(None, None, geometry.members),)
         each = (tensor[members] for tensor in each)
-    return ops.stack([ops.reshape(tensor, shape) for tensor in each], axis=where)
+    return ops.stack([ops.reshape(tensor, kept) for tensor in each], axis=geometry.ends[0])
 
 
 def _moments(x, geometry: Geometry):
@@ -120,11 +136,11 @@ def _normalize_channels(norm: Norm, x, operands: Operands):
     rest = mean - centre
     variance = total(ops.square(shifted - centre), geometry) / count - ops.square(rest)
 
-    scale = _inverse_root(norm, variance, operands)
+    scale = inverse_root(norm, variance, operands)
     if gamma is not None:
-        scale = scale * _spread(gamma, geometry)
+        scale = scale * spread(gamma, geometry)
     offset = mean * scale
-    return shifted * scale - (offset if beta is None else offset - _spread(beta, geometry))
+    return shifted * scale - (offset if beta is None else offset - spread(beta, geometry))
 
 
 def _masked_moments(x, mask, geometry: Geometry, subtract_mean: bool):
@@ -148,12 +164,12 @@ def _masked_moments(x, mask, geometry: Geometry, subtract_mean: bool):
     return deviation, ops.where(some, variance, 1)
 
 
-def _spread(parameter, geometry: Geometry):
+def spread(parameter, geometry: Geometry):
     """Gamma or beta in the shape that broadcasts against x."""
     return ops.reshape(parameter, geometry.broadcast_shape(ops.shape(parameter)))
 
 
-def _inverse_root(norm: Norm, variance, operands: Operands):
+def inverse_root(norm: Norm, variance, operands: Operands):
     """1 / sqrt(variance + epsilon), and 0 where that has no value: equal elements at epsilon 0.
 
     By a root and a quotient: XLA makes a reciprocal root of them, but finds a shorter derivative

@@ -19,7 +19,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from normwise.kernels import composite, cpu, library, private
+from normwise.kernels import composite, cpu, library, private, sharded
 from normwise.kernels.kernel import Engine, Kernel
 from normwise.norm import Norm, Operands
 
@@ -281,21 +281,42 @@ def _native_backward(x, gamma, beta, statistics, dy, norm):
     return _native_call("normwise_jax_backward", types, operands, norm)
 
 
-def _partitionable(native, operands_split, results_split):
-    """Let XLA split `native` over the axes of outer.
+def _partitionable(native, elsewhere, operand_kinds, result_kinds):
+    """Let XLA split an engine's pass over devices, whichever axes of x it splits.
 
     Args:
-        native: called with its operands and a Norm.
-        operands_split, results_split: for each operand and result whether it leads with the axes of
-            outer. Results that do not are sums over them.
+        native: the pass where every set lies on one device, called with operands and a Norm.
+        elsewhere: the same where not, of sharded.py.
+        operand_kinds, result_kinds: of each operand and result: whether it lies as "x" does, as a
+            "parameter" or as the "statistics".
     """
 
+    def axes_of(kind, norm, rank):
+        """The axes of x that those of an operand go along with; None for one of its own."""
+        outer_end, before_end, channels_end = norm.geometry.ends
+        axes = tuple(range(rank))
+        if kind == "x":
+            return axes
+        if kind == "parameter":
+            return axes[before_end:channels_end]
+        kept = axes[channels_end:] if norm.geometry.keeps_after else (None,)
+        return (*axes[:outer_end], None, *kept)
+
     def shardings(norm, mesh, operands):
-        spec = (*operands[0].sharding.spec, *[None] * norm.geometry.ends[0])
-        split = PartitionSpec(*spec[: norm.geometry.ends[0]])
-        return tuple(
-            tuple(NamedSharding(mesh, split if s else PartitionSpec()) for s in splits)
-            for splits in (operands_split, results_split)
+        x = operands[0]
+        rank = len(x.shape)
+        spec = (*x.sharding.spec, *[None] * rank)[:rank]
+
+        def sharding(kind, absent):
+            axes = () if absent and kind == "parameter" else axes_of(kind, norm, rank)
+            split = PartitionSpec(*(None if axis is None else spec[axis] for axis in axes))
+            return NamedSharding(mesh, split)
+
+        absent = [operand.shape == (0,) for operand in operands]
+        return (
+            tuple(map(sharding, operand_kinds, absent)),
+            # A gradient is absent where what it belongs to, the operand of its place, is.
+            tuple(map(sharding, result_kinds, absent)),
         )
 
     def infer(norm, mesh, operands, results):
@@ -303,42 +324,56 @@ def _partitionable(native, operands_split, results_split):
 
     def partition(norm, mesh, operands, results):
         before, after = shardings(norm, mesh, operands)
-        names = tuple(jax.tree.leaves(tuple(before[0].spec)))
+        names = tuple(
+            () if part is None else (part,) if isinstance(part, str) else tuple(part)
+            for part in before[0].spec
+        )
+        split = sharded.Split(operands[0].shape, names)
+        outer = split.over(range(norm.geometry.ends[0]))
 
         def on_shard(*operands):
+            if split.over(range(len(names))) != outer:
+                return elsewhere(norm, *operands, split=split)
             return tuple(
-                result if split or not names else jax.lax.psum(result, names)
-                for result, split in zip(native(*operands, norm), results_split, strict=True)
+                jax.lax.psum(result, outer) if kind == "parameter" and outer else result
+                for result, kind in zip(native(*operands, norm), result_kinds, strict=True)
             )
 
         return mesh, on_shard, after, before
 
     def rule(norm, mesh, operands, results):
-        whole = []
+        rank, alone = len(operands[0].shape), []
 
-        def axes(split, kind):
-            for axis in range(len(kind.shape)):
-                if split and axis < norm.geometry.ends[0]:
-                    yield f"outer{axis}"
-                else:
-                    whole.append(f"whole{len(whole)}")
-                    yield whole[-1]
+        def factors(kind, shape):
+            axes = axes_of(kind, norm, rank) if shape != (0,) else (None,)
+            for axis in axes:
+                if axis is None:
+                    alone.append(f"alone{len(alone)}")
+                yield alone[-1] if axis is None else f"x{axis}"
 
         sides = (
-            ", ".join(" ".join(axes(*each)) for each in zip(splits, kinds, strict=True))
-            for splits, kinds in ((operands_split, operands), (results_split, results))
+            ", ".join(
+                " ".join(factors(kind, tuple(t.shape))) for kind, t in zip(*side, strict=True)
+            )
+            for side in ((operand_kinds, operands), (result_kinds, results))
         )
-        return " -> ".join(sides), {"need_replication_factors": tuple(whole)}
+        return " -> ".join(sides), {"need_replication_factors": tuple(alone)}
 
-    call = custom_partitioning(native, static_argnums=(len(operands_split),))
+    call = custom_partitioning(native, static_argnums=(len(operand_kinds),))
     call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return call
 
 
+_PARAMETERS = ("parameter", "parameter")
 _NATIVE = _Primitives(
     "native",
-    _partitionable(_native_forward, (True, False, False), (True, True)),
-    _partitionable(_native_backward, (True, False, False, True, True), (True, False, False)),
+    _partitionable(_native_forward, sharded.forward, ("x", *_PARAMETERS), ("x", "statistics")),
+    _partitionable(
+        _native_backward,
+        sharded.backward,
+        ("x", *_PARAMETERS, "statistics", "x"),
+        ("x", *_PARAMETERS),
+    ),
 )
 
 KERNELS = (kernel_of(cpu.ENGINE, _NATIVE), composite.COMPOSITE)
