@@ -147,7 +147,7 @@ def alone(layer, x, dy, dtype: str) -> dict[str, Callable[[], object]]:
     if library.path() is None:
         return {}
     plan = layer.geometry(x.shape)
-    norm = library.norm(plan, dtype, epsilon=layer.epsilon, centred=layer.centred)
+    norm = library.norm(plan, dtype, epsilon=layer.epsilon, centred=layer.subtract_mean)
     if dtype == "bfloat16":
         x, dy = ((array.view("uint32") >> 16).astype("uint16") for array in (x, dy))
     gamma = np.ones(plan.parameter_shape, "float32")

@@ -15,6 +15,7 @@ FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch", "tensorflow_addons"}
 # From the ground up; a floor may use those before it. The package itself only puts doors on them.
 FLOORS = [
     "geometry",
+    "typing",
     "checks",
     "kernels",
     "dispatch",

@@ -35,7 +35,7 @@ def explain(what, shape, dtype=None, **options) -> dispatch.Choice:
     """
     if isinstance(what, keras.layers.Layer) and hasattr(what, "geometry"):
         plan, epsilon, result = what.geometry(shape), what.epsilon, what.compute_dtype
-        centred, learned = what.centred, what.learned_epsilon
+        centred, learned = what.subtract_mean, what.learned_epsilon
     else:
         epsilon = options.pop("epsilon", 1e-3)
         learned = options.pop("learned_epsilon", None) is not None
