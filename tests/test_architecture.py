@@ -16,6 +16,7 @@ FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch", "tensorflow_addons"}
 FLOORS = [
     "geometry",
     "typing",
+    "keras_private",
     "checks",
     "kernels",
     "dispatch",

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import keras
 from keras import constraints, initializers, regularizers
 
-from normwise import checks
+from normwise import checks, keras_private
 from normwise.geometry import Geometry
 from normwise.typing import Activation, Axis, Shape, Tensor
 
@@ -144,9 +144,15 @@ class Affine(Parametric):
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
-        return {
+        config = {
             **super().get_config(),
             "axis": self.axis if isinstance(self.axis, int) else list(self.axis),
             "epsilon": self.epsilon,
             "activation": keras.activations.serialize(self.activation),
         }
+        return keras_private.saved_axes(config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Affine":
+        """The layer of a config."""
+        return super().from_config(keras_private.restored_axes(config))
