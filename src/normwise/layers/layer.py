@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from normwise import geometry, ops
+from normwise import checks, geometry, ops
 from normwise.geometry import Geometry
 from normwise.layers.affine import Affine, Parameter, given
 from normwise.typing import Activation, Axis, Constraint, Initializer, Regularizer, Shape, Tensor
@@ -98,7 +98,7 @@ class LayerNormalization(_OverAxes):
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
         if self.rms_scaling:
-            return self._divided_by_deviation(inputs)
+            return self._divided_by_deviation(inputs, mask)
         return ops.layer_norm(
             inputs,
             self.gamma,
@@ -110,12 +110,31 @@ class LayerNormalization(_OverAxes):
             dtype=self.compute_dtype,
         )
 
-    def _divided_by_deviation(self, inputs: Tensor) -> Tensor:
+    def _divided_by_deviation(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        # Layer norm of a further element that is 0, and masked so that the statistics are those of
+        # the others, is what the mean adds: -mean / sqrt(var + epsilon).
         found = self.geometry(inputs.shape)
-        x = keras.ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
-        variance = keras.ops.var(x, axis=found.set_axes, keepdims=True)
-        gamma = keras.ops.reshape(self.gamma, found.broadcast_shape(self.gamma.shape))
-        y = x * keras.ops.rsqrt(variance + self.epsilon) * gamma
+        axis = found.set_axes[-1]
+        further = [(0, int(each == axis)) for each in range(len(inputs.shape))]
+        wide = keras.backend.result_type(checks.check_dtype(inputs), "float32")
+        x = keras.ops.cast(inputs, wide)
+        keep = keras.ops.ones_like(x, "bool")
+        if mask is not None:
+            checks.check_mask(found, mask)
+            trailing = (1,) * (len(inputs.shape) - len(mask.shape))
+            mask = keras.ops.reshape(mask, keras.ops.shape(mask) + trailing)
+            keep = keras.ops.logical_and(keep, keras.ops.cast(mask, "bool"))
+        y = ops.layer_norm(
+            keras.ops.pad(x, further),
+            axis=self.axis,
+            epsilon=self.epsilon,
+            mask=keras.ops.pad(keep, further),
+            dtype=wide,
+        )
+        before = (slice(None),) * axis
+        y = y[(*before, slice(None, -1))] - y[(*before, slice(-1, None))]
+        gamma = keras.ops.cast(self.gamma, wide)
+        y = y * keras.ops.reshape(gamma, found.broadcast_shape(self.gamma.shape))
         return self.activation(keras.ops.cast(y, self.compute_dtype))
 
     def get_config(self) -> dict[str, Any]:
