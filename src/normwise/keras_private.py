@@ -4,10 +4,18 @@ No other module outside of `kernels/` names it. Where a version lacks a name, th
 without, or says so.
 """
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from typing import Any
 
+import keras
+
+from normwise.typing import Tensor
+
 _STATE = "keras.src.backend.common.global_state"
+_MASKING = "keras.src.backend.common.masking"
+_UNINITIALIZED = "uninitialized_variables"
 
 
 def saved_axes(config: dict[str, Any]) -> dict[str, Any]:
@@ -41,9 +49,64 @@ def restored_axes(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _find(module: str, name: str, default):
+@contextlib.contextmanager
+def nothing_allocated() -> Iterator[None]:
+    """Make variables without values, until the end; what fails before leaves none behind."""
+    get, put = _find(_STATE, "get_global_attribute"), _find(_STATE, "set_global_attribute")
+    outer = get(_UNINITIALIZED, [])
+    put(_UNINITIALIZED, [])
+    try:
+        with keras.StatelessScope():
+            try:
+                yield
+            except BaseException:
+                put(_UNINITIALIZED, [])
+                raise
+    finally:
+        put(_UNINITIALIZED, outer)
+
+
+def begin_with(variable: keras.Variable, initializer) -> bool:
+    """Give a variable without a value another initializer; whether that could be done."""
+    found = hasattr(variable, "_initializer")
+    if found:
+        variable._initializer = initializer
+    return found
+
+
+def inner_layers(layer: keras.Layer, recursive: bool = True) -> list[keras.Layer]:
+    """The layers that a layer has, and with `recursive` those that they have."""
+    return _name(layer, "_flatten_layers")(include_self=False, recursive=recursive)
+
+
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The variables of a layer without those of its layers; what is trained first."""
+    return [*_name(layer, "_trainable_variables"), *_name(layer, "_non_trainable_variables")]
+
+
+def mask_of(tensor: Tensor) -> Tensor | None:
+    """The mask that a layer gave its output."""
+    return _find(_MASKING, "get_keras_mask")(tensor)
+
+
+def _find(module: str, name: str, default=None):
     """A function of a module, or what serves where there is none."""
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError):
+        if default is None:
+            raise _missing(f"{module}.{name}") from None
         return default
+
+
+def _name(owner, name: str):
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise _missing(f"{type(owner).__name__}.{name}") from None
+
+
+def _missing(name: str) -> ValueError:
+    return ValueError(
+        f"Keras {keras.__version__} has no {name}, which this needs; use Keras 3.12 to 3.15.1"
+    )
