@@ -11,7 +11,7 @@ from typing import Any
 
 import keras
 
-from normwise.typing import Tensor
+from normwise.typing import Initializer, Tensor
 
 _STATE = "keras.src.backend.common.global_state"
 _MASKING = "keras.src.backend.common.masking"
@@ -66,7 +66,7 @@ def nothing_allocated() -> Iterator[None]:
         put(_UNINITIALIZED, outer)
 
 
-def begin_with(variable: keras.Variable, initializer) -> bool:
+def begin_with(variable: keras.Variable, initializer: Initializer) -> bool:
     """Give a variable without a value another initializer; whether that could be done."""
     found = hasattr(variable, "_initializer")
     if found:
@@ -89,7 +89,7 @@ def mask_of(tensor: Tensor) -> Tensor | None:
     return _find(_MASKING, "get_keras_mask")(tensor)
 
 
-def _find(module: str, name: str, default=None):
+def _find(module: str, name: str, default: Any = None) -> Any:
     """A function of a module, or what serves where there is none."""
     try:
         return getattr(importlib.import_module(module), name)
@@ -99,7 +99,7 @@ def _find(module: str, name: str, default=None):
         return default
 
 
-def _name(owner, name: str):
+def _name(owner: Any, name: str) -> Any:
     try:
         return getattr(owner, name)
     except AttributeError:

@@ -119,7 +119,7 @@ class LayerNormLSTMCell(keras.layers.LSTMCell):
         self.state_norm = self._norm("state_norm", norm_epsilon)
         self.norm_epsilon = self.state_norm.epsilon
 
-    def _norm(self, name, epsilon):
+    def _norm(self, name: str, epsilon: float) -> LayerNormalization:
         return LayerNormalization(
             epsilon=epsilon,
             gamma_initializer=self.norm_gamma_initializer,
@@ -302,12 +302,12 @@ class LayerNormSimpleRNNCell(keras.layers.SimpleRNNCell):
         }
 
 
-def _dropped(x, mask):
+def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
     """`x` without what `mask` drops, which has the dtype of the RNN layer and not of the cell."""
     return x if mask is None else x * keras.ops.cast(mask, x.dtype)
 
 
-def _first(masks):
+def _first(masks: Any) -> Tensor | None:
     """The mask for all four gates, which have one kernel; Keras's cell has a mask for each."""
     return masks[0] if isinstance(masks, list | tuple) else masks
 
@@ -318,7 +318,7 @@ def _without_leftovers(kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if name not in leftovers}
 
 
-def _check_units(units) -> int:
+def _check_units(units: Any) -> int:
     """Return `units` as an int if a state can have that size."""
     if isinstance(units, bool) or not isinstance(units, numbers.Integral) or units < 1:
         raise ValueError(
@@ -327,9 +327,9 @@ def _check_units(units) -> int:
     return int(units)
 
 
-def _check_rate(name: str, rate) -> float:
+def _check_rate(name: str, rate: Any) -> float:
     """Return `rate` as a float if that share can be dropped and something is left."""
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
         raise ValueError(
             f"{name}={rate!r} is no share to drop; expected a number >= 0 and < 1, as in {name}=0.1"
         )

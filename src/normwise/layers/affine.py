@@ -1,7 +1,7 @@
 """What the layers of the family have: weights, an activation, and a config."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -42,7 +42,7 @@ class Parametric(keras.Layer):
     """
 
     # In the order of the weights.
-    parameters: ClassVar[tuple[Parameter, ...]] = ()
+    parameters: ClassVar[Sequence[Parameter]] = ()
 
     def __init__(self, **kwargs: Any):
         options = {name: kwargs.pop(name) for name, _ in self._options()}
@@ -96,8 +96,12 @@ class Affine(Parametric):
     A subclass says which geometry an input has and calls its op. Arguments are those of the layers.
     """
 
-    parameters = (Parameter("gamma", option="scale"), Parameter("beta", option="center"))
-    gamma = beta = None
+    parameters: ClassVar[Sequence[Parameter]] = (
+        Parameter("gamma", option="scale"),
+        Parameter("beta", option="center"),
+    )
+    gamma: keras.Variable | None = None
+    beta: keras.Variable | None = None
 
     # Whether the mean is subtracted, and whether a weight adds to epsilon.
     subtract_mean = True

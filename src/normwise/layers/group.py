@@ -56,6 +56,8 @@ class GroupNormalization(Affine):
     [('gamma', (6,)), ('beta', (6,))]
     """
 
+    axis: int
+
     def __init__(
         self,
         groups: int = 32,

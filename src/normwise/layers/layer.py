@@ -134,7 +134,7 @@ class LayerNormalization(_OverAxes):
         before = (slice(None),) * axis
         y = y[(*before, slice(None, -1))] - y[(*before, slice(-1, None))]
         gamma = keras.ops.cast(self.gamma, wide)
-        y = y * keras.ops.reshape(gamma, found.broadcast_shape(self.gamma.shape))
+        y = y * keras.ops.reshape(gamma, found.broadcast_shape(gamma.shape))
         return self.activation(keras.ops.cast(y, self.compute_dtype))
 
     def get_config(self) -> dict[str, Any]:

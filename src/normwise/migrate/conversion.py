@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 import ml_dtypes
@@ -65,7 +66,13 @@ class Conversion:
 
 
 def convert(
-    path, out, *, custom_objects=None, safe_mode=True, overwrite=False, seed=0
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    custom_objects: dict[str, Any] | None = None,
+    safe_mode: bool = True,
+    overwrite: bool = False,
+    seed: int = 0,
 ) -> Conversion:
     """Write a model that Keras 2 saved as a `.keras` file of Keras 3, and check what was written.
 

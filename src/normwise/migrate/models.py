@@ -1,7 +1,9 @@
 """Models and weights that Keras 2 saved, with or without layers of TensorFlow Addons."""
 
 import contextlib
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,7 +13,12 @@ from normwise.migrate import checkpoints, configs, files, graphs, training, weig
 from normwise.migrate.stored import Saved
 
 
-def load_model(path, custom_objects=None, compile=False, safe_mode=True) -> keras.Model:
+def load_model(
+    path: str | PathLike[str],
+    custom_objects: dict[str, Any] | None = None,
+    compile: bool = False,
+    safe_mode: bool = True,
+) -> keras.Model:
     """Read a model that TensorFlow's Keras 2 saved, as a plain model of Keras 3.
 
     Takes what `model.save` wrote: an `.h5` file, a `.keras` file, or the folder of a SavedModel, by
@@ -62,7 +69,7 @@ def read_model(path, custom_objects=None, safe_mode=True) -> tuple[Saved, keras.
         return saved, _built(saved, custom_objects, safe_mode)
 
 
-def load_weights(model, path) -> None:
+def load_weights(model: keras.Model, path: str | PathLike[str]) -> None:
     """Read weights that Keras 2 saved into a model of Keras 3 of the same layers.
 
     Takes what `model.save_weights` wrote: an `.h5` file of either layout, or a checkpoint of
