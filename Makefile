@@ -38,6 +38,7 @@ test-native: $(FUZZ)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h
 
 # The kernels for ten minutes, the property tests with 2,000 examples each, ever other ones, and the

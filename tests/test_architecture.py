@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -10,11 +11,14 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "src" / "normwise"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+KEPT_BY_KERAS = re.compile(r"keras\.src|\._(flatten_layers|(non_)?trainable_variables|keras_)")
 FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch", "tensorflow_addons"}
 
 # From the ground up; a floor may use those before it. The package itself only puts doors on them.
 FLOORS = [
     "geometry",
+    "typing",
+    "keras_private",
     "activations",
     "norm",
     "kernels",
@@ -91,3 +95,9 @@ def test_import_brings_no_other_framework_and_no_figures():
     forbidden = FRAMEWORKS - {backend} | {"matplotlib", "sklearn", "typer", "rich", "libcst"}
     assert "normwise" in brought
     assert not brought & forbidden
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_only_one_module_names_what_keras_keeps_to_itself(path):
+    if floor_of(path) not in ("kernels", "keras_private"):
+        assert not KEPT_BY_KERAS.findall(path.read_text())

@@ -307,28 +307,3 @@ def test_layer_norms_without_parameters_take_axes_of_unknown_extent(make):
     model = keras.Model(inputs, make(axis=[1, 2], **options)(inputs))
     right = expected(model.layers[-1], samples())
     assert_within(to_numpy(model(samples())), right.y, right.y_tolerance(EPS))
-
-
-@pytest.mark.filterwarnings("ignore:You passed `rms_scaling:UserWarning")
-def test_rms_scaling_of_layer_norm_is_that_of_keras():
-    with pytest.warns(UserWarning, match="rms_scaling=True divides by the standard deviation"):
-        layer = layers.LayerNormalization(rms_scaling=True, activation="relu")
-    theirs = keras.layers.LayerNormalization(rms_scaling=True)
-    y = to_numpy(layer(samples()))
-    assert [w.name for w in layer.weights] == ["gamma"]
-    assert_within(y, np.maximum(to_numpy(theirs(samples())), 0), 1e-5)
-    with pytest.warns(UserWarning, match="rms_scaling"):
-        again = layers.LayerNormalization.from_config(layer.get_config())
-    np.testing.assert_array_equal(to_numpy(again(samples())), y)
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="extents unknown to the graph")
-@pytest.mark.filterwarnings("ignore:rms_scaling:UserWarning")
-def test_rms_scaling_takes_axes_unknown_to_the_graph():
-    import tensorflow as tf
-
-    layer = layers.LayerNormalization(rms_scaling=True)
-    layer.build((2, 6))
-    function = tf.function(layer, input_signature=[tf.TensorSpec([None, None])])
-    x = samples((2, 6))
-    np.testing.assert_allclose(function(x), layer(x), rtol=1e-6)

@@ -5,7 +5,9 @@ import json
 import pickle
 import subprocess
 import sys
+import zipfile
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -210,3 +212,76 @@ def test_an_old_model_config_becomes_a_model():
     }
     model = keras.Sequential.from_config(config)
     assert type(model.layers[-1]) is layers.GroupNormalization
+
+
+SEVERAL_AXES = {
+    "layer": lambda x: layers.LayerNormalization(axis=[1, 2, 3])(x),
+    "layer without weights": lambda x: layers.LayerNormalization(
+        axis=(2, 1), center=False, scale=False
+    )(x),
+    "rms": lambda x: layers.RMSNormalization(axis=[1, 2], scale=False)(x),
+    "rms of one axis": lambda x: layers.RMSNormalization(axis=[2])(x),
+    "response": lambda x: layers.FilterResponseNormalization(axis=[2, 3])(x),
+    "nested": lambda x: keras.Sequential([layers.LayerNormalization(axis=[1, 2])])(x),
+    "wrapped": lambda x: keras.layers.TimeDistributed(layers.LayerNormalization(axis=[1, 2]))(x),
+}
+
+
+@pytest.fixture
+def saved_as_h5(tmp_path, monkeypatch):
+    """A function that saves a model in Keras's legacy format and gives the path."""
+    monkeypatch.setattr("absl.logging.warning", lambda *_: None)
+
+    def save(model):
+        path = tmp_path / "model.h5"
+        model.save(path)
+        return path
+
+    return save
+
+
+def without_axes(path):
+    """Make of a file what Keras alone would have written."""
+    with h5py.File(path, "r+") as file:
+        config = json.loads(file.attrs["model_config"])
+        for layer in config["config"]["layers"]:
+            layer["config"].pop("axes", None)
+        file.attrs["model_config"] = json.dumps(config)
+
+
+@pytest.mark.parametrize("make", SEVERAL_AXES.values(), ids=SEVERAL_AXES.keys())
+def test_several_axes_come_back_from_legacy_h5(make, saved_as_h5):
+    inputs = keras.Input((5, 4, 6))
+    model = keras.Model(inputs, make(inputs))
+    randomize(model)
+    x = samples((2, 5, 4, 6))
+    loaded = keras.models.load_model(saved_as_h5(model), compile=False)
+    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(model(x)))
+    assert [layer.get_config() for layer in loaded.layers if hasattr(layer, "axis")] == [
+        layer.get_config() for layer in model.layers if hasattr(layer, "axis")
+    ]
+
+
+@pytest.mark.parametrize("name", ["layer", "layer without weights", "rms", "response"])
+def test_a_legacy_h5_whose_axes_are_lost_is_refused(name, saved_as_h5):
+    def make():
+        inputs = keras.Input((5, 4, 6))
+        return keras.Model(inputs, SEVERAL_AXES[name](inputs))
+
+    model = randomize(make())
+    path = saved_as_h5(model)
+    without_axes(path)
+    with pytest.raises(ValueError, match=r"has lost its axis: .* load_weights, and save it as"):
+        keras.models.load_model(path, compile=False)
+    twin, x = make(), samples((2, 5, 4, 6))
+    twin.load_weights(path)
+    np.testing.assert_array_equal(to_numpy(twin(x)), to_numpy(model(x)))
+
+
+def test_only_a_legacy_h5_names_axes_twice(tmp_path, saved_as_h5):
+    model = keras.Sequential([keras.Input((5, 6)), layers.LayerNormalization(axis=[1, 2])])
+    saved_as_h5(model)
+    assert "axes" not in model.layers[-1].get_config()
+    model.save(tmp_path / "model.keras")
+    with zipfile.ZipFile(tmp_path / "model.keras") as file:
+        assert b'"axes": [' not in file.read("config.json").replace(b'"axes": {}', b"")

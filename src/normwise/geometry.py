@@ -15,6 +15,7 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 Shape = tuple[int | None, ...]
 
@@ -183,7 +184,7 @@ class Geometry:
     def set_of(self, position: tuple[int, ...]) -> tuple[int, ...]:
         """The set that the element at `position` belongs to; equal tuples mean one set."""
         return tuple(
-            index // self.members if axis in self.parameter_axes else index
+            index // (self.members or 1) if axis in self.parameter_axes else index
             for axis, index in enumerate(position)
             if axis not in self.set_axes
         )
@@ -259,7 +260,7 @@ def batch(shape: Iterable[int | None], axis: int = -1) -> Geometry:
     return Geometry(shape, (0, channel, channel + 1), shape[channel], per=("groups",))
 
 
-def check_groups(groups) -> int:
+def check_groups(groups: Any) -> int:
     """Return `groups` as an int if it can be a number of groups, before any shape is known."""
     remedy = "expected a positive int, or -1 for one group per channel (instance norm)"
     if isinstance(groups, bool) or not hasattr(groups, "__index__"):
@@ -270,7 +271,7 @@ def check_groups(groups) -> int:
     return groups
 
 
-def check_axes(axis) -> int | tuple[int, ...]:
+def check_axes(axis: Any) -> int | tuple[int, ...]:
     """Return `axis` as an int or a tuple of ints, before any shape is known."""
     if isinstance(axis, (list, tuple)):
         if not axis:
@@ -279,7 +280,7 @@ def check_axes(axis) -> int | tuple[int, ...]:
     return _as_axis(axis, axis)
 
 
-def check_channel_axis(axis) -> int:
+def check_channel_axis(axis: Any) -> int:
     """Return the one channel axis that `axis` names as an int or as a list of one."""
     axes = check_axes(axis)
     if isinstance(axes, tuple):
@@ -294,7 +295,7 @@ def check_channel_axis(axis) -> int:
     return axes
 
 
-def check_spatial_axes(axis) -> tuple[int, ...]:
+def check_spatial_axes(axis: Any) -> tuple[int, ...]:
     """Return the spatial axes that `axis` names, of which (batch, channels) has none."""
     if isinstance(axis, (list, tuple)) and not axis:
         return ()
@@ -356,7 +357,7 @@ def _layer(shape: Shape, axis: tuple[int, ...]) -> Geometry:
     return Geometry(shape, ends, 1, ("outer",), permutation=kept + axes)
 
 
-def _as_shape(shape: Iterable[int | None], axes: Iterable[int] = ()) -> Shape:
+def _as_shape(shape: Iterable[Any], axes: Iterable[int] = ()) -> Shape:
     """A shape of ints, None where the extent is a symbol that only the call will know.
 
     PyTorch's tracer counts every extent in a tensor, and its exporters in symbols. Those on `axes`,
@@ -380,7 +381,7 @@ def _as_shape(shape: Iterable[int | None], axes: Iterable[int] = ()) -> Shape:
     return shape
 
 
-def _as_axis(axis, given) -> int:
+def _as_axis(axis: Any, given: Any) -> int:
     if isinstance(axis, bool) or not hasattr(axis, "__index__"):
         raise TypeError(f"axis={given!r} is no axis; expected an int, or a list or tuple of ints")
     return operator.index(axis)
@@ -421,8 +422,12 @@ def _batch_among_spatial_error(axes: tuple[int, ...], shape: Shape | None) -> Va
 
 
 def _product(extents: Iterable[int | None]) -> int | None:
-    extents = tuple(extents)
-    return None if None in extents else math.prod(extents)
+    product = 1
+    for extent in extents:
+        if extent is None:
+            return None
+        product *= extent
+    return product
 
 
 def _divisors(number: int) -> list[int]:

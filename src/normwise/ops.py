@@ -18,7 +18,7 @@ import functools
 
 import keras
 
-from normwise import activations, dispatch, geometry
+from normwise import activations, dispatch, geometry, keras_private
 from normwise.norm import (
     Norm,
     Operands,
@@ -279,7 +279,12 @@ class _Operation(keras.Operation):
 
     def get_config(self):
         activation = keras.activations.serialize(self.options["activation"])
-        return {"name": self.name, **self.options, "activation": activation}
+        options = {**self.options, "activation": activation}
+        return keras_private.saved_axes({"name": self.name, **options})
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(keras_private.restored_axes(config))
 
     @classmethod
     def norm(cls, x, operands, *, epsilon, activation=activations.IDENTITY, dtype=None, **where):

@@ -1,11 +1,14 @@
 """The layer-normalized recurrent cells of TensorFlow Addons, for `keras.layers.RNN`."""
 
 import numbers
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import constraints, initializers, regularizers
 
 from normwise.layers import LayerNormalization
+from normwise.typing import Activation, Constraint, Initializer, Regularizer, Shape, Tensor
 
 __all__ = ["LayerNormLSTMCell", "LayerNormSimpleRNNCell"]
 
@@ -67,27 +70,27 @@ class LayerNormLSTMCell(keras.layers.LSTMCell):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        recurrent_activation="sigmoid",
-        use_bias=True,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        unit_forget_bias=True,
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        norm_gamma_initializer="ones",
-        norm_beta_initializer="zeros",
-        norm_epsilon=1e-3,
-        seed=None,
-        **kwargs,
+        units: int,
+        activation: Activation = "tanh",
+        recurrent_activation: Activation = "sigmoid",
+        use_bias: bool = True,
+        kernel_initializer: Initializer = "glorot_uniform",
+        recurrent_initializer: Initializer = "orthogonal",
+        bias_initializer: Initializer = "zeros",
+        unit_forget_bias: bool = True,
+        kernel_regularizer: Regularizer = None,
+        recurrent_regularizer: Regularizer = None,
+        bias_regularizer: Regularizer = None,
+        kernel_constraint: Constraint = None,
+        recurrent_constraint: Constraint = None,
+        bias_constraint: Constraint = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        norm_gamma_initializer: Initializer = "ones",
+        norm_beta_initializer: Initializer = "zeros",
+        norm_epsilon: float = 1e-3,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             _check_units(units),
@@ -109,9 +112,6 @@ class LayerNormLSTMCell(keras.layers.LSTMCell):
             seed=seed,
             **_without_leftovers(kwargs),
         )
-        # One mask serves the four gates, whose kernels are normalized together; Keras's own cell
-        # draws one for each of them.
-        self.dropout_mask_count = None
         self.norm_gamma_initializer = initializers.get(norm_gamma_initializer)
         self.norm_beta_initializer = initializers.get(norm_beta_initializer)
         self.kernel_norm = self._norm("kernel_norm", norm_epsilon)
@@ -119,7 +119,7 @@ class LayerNormLSTMCell(keras.layers.LSTMCell):
         self.state_norm = self._norm("state_norm", norm_epsilon)
         self.norm_epsilon = self.state_norm.epsilon
 
-    def _norm(self, name, epsilon):
+    def _norm(self, name: str, epsilon: float) -> LayerNormalization:
         return LayerNormalization(
             epsilon=epsilon,
             gamma_initializer=self.norm_gamma_initializer,
@@ -129,14 +129,16 @@ class LayerNormLSTMCell(keras.layers.LSTMCell):
             dtype=self.dtype_policy,
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         """Create the weights for inputs (batch, features)."""
         super().build(input_shape)
         self.kernel_norm.build((input_shape[0], 4 * self.units))
         self.recurrent_norm.build((input_shape[0], 4 * self.units))
         self.state_norm.build((input_shape[0], self.units))
 
-    def call(self, inputs, states, training=False):
+    def call(
+        self, inputs: Tensor, states: Sequence[Tensor], training: bool | None = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """One step from `states`, [h, c]: the new h, and the new states."""
         h, c = states
         if training:
@@ -154,7 +156,15 @@ class LayerNormLSTMCell(keras.layers.LSTMCell):
         h = self.recurrent_activation(o) * self.activation(c)
         return h, [h, c]
 
-    def get_config(self):
+    def get_dropout_mask(self, step_input: Tensor) -> Tensor | None:
+        """What is dropped of the inputs, the same in every step."""
+        return _first(super().get_dropout_mask(step_input))
+
+    def get_recurrent_dropout_mask(self, step_input: Tensor) -> Tensor | None:
+        """What is dropped of h, the same in every step."""
+        return _first(super().get_recurrent_dropout_mask(step_input))
+
+    def get_config(self) -> dict[str, Any]:
         """The arguments of the cell."""
         return {
             **super().get_config(),
@@ -210,26 +220,26 @@ class LayerNormSimpleRNNCell(keras.layers.SimpleRNNCell):
 
     def __init__(
         self,
-        units,
-        activation="tanh",
-        use_bias=True,
-        layernorm_epsilon=1e-5,
-        kernel_initializer="glorot_uniform",
-        recurrent_initializer="orthogonal",
-        bias_initializer="zeros",
-        gamma_initializer="ones",
-        kernel_regularizer=None,
-        recurrent_regularizer=None,
-        bias_regularizer=None,
-        gamma_regularizer=None,
-        kernel_constraint=None,
-        recurrent_constraint=None,
-        bias_constraint=None,
-        gamma_constraint=None,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        seed=None,
-        **kwargs,
+        units: int,
+        activation: Activation = "tanh",
+        use_bias: bool = True,
+        layernorm_epsilon: float = 1e-5,
+        kernel_initializer: Initializer = "glorot_uniform",
+        recurrent_initializer: Initializer = "orthogonal",
+        bias_initializer: Initializer = "zeros",
+        gamma_initializer: Initializer = "ones",
+        kernel_regularizer: Regularizer = None,
+        recurrent_regularizer: Regularizer = None,
+        bias_regularizer: Regularizer = None,
+        gamma_regularizer: Regularizer = None,
+        kernel_constraint: Constraint = None,
+        recurrent_constraint: Constraint = None,
+        bias_constraint: Constraint = None,
+        gamma_constraint: Constraint = None,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        seed: int | None = None,
+        **kwargs: Any,
     ):
         super().__init__(
             _check_units(units),
@@ -260,12 +270,14 @@ class LayerNormSimpleRNNCell(keras.layers.SimpleRNNCell):
             dtype=self.dtype_policy,
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         """Create the weights for inputs (batch, features)."""
         super().build(input_shape)
         self.layernorm.build((input_shape[0], self.units))
 
-    def call(self, inputs, states, training=False):
+    def call(
+        self, inputs: Tensor, states: Sequence[Tensor], training: bool | None = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """One step from `states`, [h]: the new h, and the new states."""
         (h,) = states
         if training:
@@ -278,7 +290,7 @@ class LayerNormSimpleRNNCell(keras.layers.SimpleRNNCell):
         h = self.activation(z)
         return h, [h]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments of the cell."""
         norm = self.layernorm
         return {
@@ -290,9 +302,14 @@ class LayerNormSimpleRNNCell(keras.layers.SimpleRNNCell):
         }
 
 
-def _dropped(x, mask):
+def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
     """`x` without what `mask` drops, which has the dtype of the RNN layer and not of the cell."""
     return x if mask is None else x * keras.ops.cast(mask, x.dtype)
+
+
+def _first(masks: Any) -> Tensor | None:
+    """The mask for all four gates, which have one kernel; Keras's cell has a mask for each."""
+    return masks[0] if isinstance(masks, list | tuple) else masks
 
 
 def _without_leftovers(kwargs: dict) -> dict:
@@ -301,7 +318,7 @@ def _without_leftovers(kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if name not in leftovers}
 
 
-def _check_units(units) -> int:
+def _check_units(units: Any) -> int:
     """Return `units` as an int if a state can have that size."""
     if isinstance(units, bool) or not isinstance(units, numbers.Integral) or units < 1:
         raise ValueError(
@@ -310,9 +327,9 @@ def _check_units(units) -> int:
     return int(units)
 
 
-def _check_rate(name: str, rate) -> float:
+def _check_rate(name: str, rate: Any) -> float:
     """Return `rate` as a float if that share can be dropped and something is left."""
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 <= float(rate) < 1:
         raise ValueError(
             f"{name}={rate!r} is no share to drop; expected a number >= 0 and < 1, as in {name}=0.1"
         )

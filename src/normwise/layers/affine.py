@@ -1,33 +1,94 @@
 """What the layers of the family have: weights, an activation, and a config."""
 
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
 import keras
 from keras import constraints, initializers, regularizers
 
-from normwise import geometry
-from normwise import norm as checks
+from normwise import keras_private
+from normwise.geometry import Geometry
+from normwise.norm import check_dtype, check_epsilon, check_mask
+from normwise.typing import Activation, Axis, Shape, Tensor
+
+# What a weight has of its own, and the module of Keras that reads and writes it.
+KINDS = {"initializer": initializers, "regularizer": regularizers, "constraint": constraints}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A weight of a layer, and the layer's arguments for it.
+
+    Args:
+        name: of the weight, and the beginning of its arguments' names: `gamma_initializer`.
+        option: the argument that asks for the weight, None where every layer has it.
+        kinds: which of KINDS are arguments; the others are attributes of the class.
+        attribute: the layer's for the weight, by default the name.
+        shape: None where it follows from the input's.
+    """
+
+    name: str
+    option: str | None = None
+    kinds: tuple[str, ...] = tuple(KINDS)
+    attribute: str | None = None
+    shape: tuple[int, ...] | None = None
 
 
 class Parametric(keras.Layer):
-    """A layer whose weights have an initializer, a regularizer and a constraint of their own each.
+    """A layer that states its weights: from `parameters` follow its arguments, weights and config.
 
     It takes its input in the dtype that it comes in: rounded to float16 first, a norm would lose
     its statistics, and a threshold the difference to it.
     """
 
-    def __init__(self, **kwargs):
+    # In the order of the weights.
+    parameters: ClassVar[Sequence[Parameter]] = ()
+
+    def __init__(self, **kwargs: Any):
+        options = {name: kwargs.pop(name) for name, _ in self._options()}
         super().__init__(**kwargs)
         self.supports_masking = True
         self.autocast = False
+        for name, kind in self._options():
+            setattr(self, name, KINDS[kind].get(options[name]) if kind else options[name])
 
-    def _add_parameter(self, name, shape):
-        return self.add_weight(
-            name=name,
-            shape=shape,
-            initializer=getattr(self, f"{name}_initializer"),
-            regularizer=getattr(self, f"{name}_regularizer"),
-            constraint=getattr(self, f"{name}_constraint"),
-            autocast=False,
-        )
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the layer, whatever it was built on."""
+        config = super().get_config()
+        for name, kind in self._options():
+            value = getattr(self, name)
+            config[name] = KINDS[kind].serialize(value) if kind else value
+        return config
+
+    @classmethod
+    def _options(cls) -> Iterator[tuple[str, str | None]]:
+        """The arguments for the weights, and of which kind each is, if of any."""
+        for parameter in cls.parameters:
+            if parameter.option:
+                yield parameter.option, None
+            for kind in parameter.kinds:
+                yield f"{parameter.name}_{kind}", kind
+
+    def _wanted(self) -> list[Parameter]:
+        return [p for p in self.parameters if p.option is None or getattr(self, p.option)]
+
+    def _add_weights(self, shape: Shape) -> None:
+        for parameter in self._wanted():
+            weight = self.add_weight(
+                name=parameter.name,
+                shape=parameter.shape or shape,
+                **{kind: getattr(self, f"{parameter.name}_{kind}") for kind in KINDS},
+                autocast=False,
+            )
+            setattr(self, parameter.attribute or parameter.name, weight)
+
+
+def given(variables: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an `__init__`, out of its `locals()` before it has others."""
+    named = {name: each for name, each in variables.items() if name not in ("self", "__class__")}
+    kwargs = named.pop("kwargs")
+    return {**named, **kwargs}
 
 
 class Affine(Parametric):
@@ -36,87 +97,67 @@ class Affine(Parametric):
     A subclass says which geometry an input has and calls its op. Arguments are those of the layers.
     """
 
+    parameters: ClassVar[Sequence[Parameter]] = (
+        Parameter("gamma", option="scale"),
+        Parameter("beta", option="center"),
+    )
+    gamma: keras.Variable | None = None
+    beta: keras.Variable | None = None
+
     # Whether the mean is subtracted, and whether a weight adds to epsilon.
     subtract_mean = True
     learned_epsilon = False
 
-    def __init__(
-        self,
-        *,
-        axis,
-        epsilon,
-        center,
-        scale,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
-        activation=None,
-        **kwargs,
-    ):
+    def __init__(self, *, axis: Axis, epsilon: float, activation: Activation, **kwargs: Any):
         super().__init__(**kwargs)
         self.axis = axis
-        self.epsilon = checks.check_epsilon(epsilon)
-        self.center = center
-        self.scale = scale
-        self.beta_initializer = initializers.get(beta_initializer)
-        self.gamma_initializer = initializers.get(gamma_initializer)
-        self.beta_regularizer = regularizers.get(beta_regularizer)
-        self.gamma_regularizer = regularizers.get(gamma_regularizer)
-        self.beta_constraint = constraints.get(beta_constraint)
-        self.gamma_constraint = constraints.get(gamma_constraint)
+        self.epsilon = check_epsilon(epsilon)
         self.activation = keras.activations.get(activation)
-        self.gamma = None
-        self.beta = None
 
-    def geometry(self, input_shape) -> geometry.Geometry:
+    def geometry(self, input_shape: Shape) -> Geometry:
         """Which elements of an input of this shape share their statistics."""
         raise NotImplementedError
 
-    def build(self, input_shape):
-        """Create gamma and beta for inputs of this shape."""
-        plan = self.geometry(input_shape)
-        shape = plan.parameter_shape
-        made = {"gamma": ("scale", self.scale), "beta": ("center", self.center)}
-        wanted = {name: option for name, (option, given) in made.items() if given}
+    def build(self, input_shape: Shape) -> None:
+        """Create the weights for inputs of this shape."""
+        shape = self._parameter_shape(self.geometry(input_shape))
+        wanted = self._wanted()
         if None in shape and wanted:
             raise ValueError(
                 f"axis={self.axis} of shape {tuple(input_shape)} has an unknown extent, so the "
-                f"shape of {' and '.join(wanted)} is unknown; give it a fixed extent, or set "
-                f"{' and '.join(f'{option}=False' for option in wanted.values())}"
+                f"shape of {' and '.join(each.name for each in wanted)} is unknown; give it a "
+                f"fixed extent, or set {' and '.join(f'{each.option}=False' for each in wanted)}"
             )
-        if self.scale:
-            self.gamma = self._add_parameter("gamma", shape)
-        if self.center:
-            self.beta = self._add_parameter("beta", shape)
+        self._add_weights(shape)
 
-    def compute_output_shape(self, input_shape):
+    def _parameter_shape(self, geometry: Geometry) -> tuple[int | None, ...]:
+        return geometry.parameter_shape
+
+    def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
         """The shape of the input."""
         self.geometry(input_shape)
         return tuple(input_shape)
 
-    def compute_output_spec(self, inputs, mask=None, **kwargs):
+    def compute_output_spec(
+        self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any
+    ) -> keras.KerasTensor:
         """A symbol of the result, with the errors that a call would raise."""
-        checks.check_dtype(inputs)
+        check_dtype(inputs)
         if mask is not None:
-            checks.check_mask(self.geometry(inputs.shape), mask)
+            check_mask(self.geometry(inputs.shape), mask)
         return super().compute_output_spec(inputs, **kwargs)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
-        return {
+        config = {
             **super().get_config(),
             "axis": self.axis if isinstance(self.axis, int) else list(self.axis),
             "epsilon": self.epsilon,
-            "center": self.center,
-            "scale": self.scale,
-            "beta_initializer": initializers.serialize(self.beta_initializer),
-            "gamma_initializer": initializers.serialize(self.gamma_initializer),
-            "beta_regularizer": regularizers.serialize(self.beta_regularizer),
-            "gamma_regularizer": regularizers.serialize(self.gamma_regularizer),
-            "beta_constraint": constraints.serialize(self.beta_constraint),
-            "gamma_constraint": constraints.serialize(self.gamma_constraint),
             "activation": keras.activations.serialize(self.activation),
         }
+        return keras_private.saved_axes(config)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "Affine":
+        """The layer of a config."""
+        return super().from_config(keras_private.restored_axes(config))

@@ -1,11 +1,14 @@
 """Group norm and instance norm."""
 
 import warnings
+from typing import Any
 
 import keras
 
 from normwise import geometry, ops
-from normwise.layers.affine import Affine
+from normwise.geometry import Geometry
+from normwise.layers.affine import Affine, given
+from normwise.typing import Activation, Axis, Constraint, Initializer, Regularizer, Shape, Tensor
 
 
 @keras.saving.register_keras_serializable("normwise")
@@ -53,49 +56,41 @@ class GroupNormalization(Affine):
     [('gamma', (6,)), ('beta', (6,))]
     """
 
+    axis: int
+
     def __init__(
         self,
-        groups=32,
-        axis=-1,
-        epsilon=1e-3,
-        center=True,
-        scale=True,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
-        activation=None,
-        **kwargs,
+        groups: int = 32,
+        axis: Axis = -1,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Initializer = "zeros",
+        gamma_initializer: Initializer = "ones",
+        beta_regularizer: Regularizer = None,
+        gamma_regularizer: Regularizer = None,
+        beta_constraint: Constraint = None,
+        gamma_constraint: Constraint = None,
+        activation: Activation = None,
+        **kwargs: Any,
     ):
-        super().__init__(
-            axis=geometry.check_channel_axis(axis),
-            epsilon=epsilon,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            activation=activation,
-            **kwargs,
-        )
+        options = given(locals())
+        options["axis"] = geometry.check_channel_axis(axis)
+        groups = options.pop("groups")
+        super().__init__(**options)
         self.groups = geometry.check_groups(groups)
 
-    def geometry(self, input_shape) -> geometry.Geometry:
+    def geometry(self, input_shape: Shape) -> Geometry:
         """Which elements of an input of this shape share their statistics."""
         return geometry.group(input_shape, self.axis, self.groups)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         """Create gamma and beta for inputs of this shape."""
         super().build(input_shape)
         channels = input_shape[self.axis]
         self.input_spec = keras.InputSpec(ndim=len(input_shape), axes={self.axis: channels})
 
-    def call(self, inputs, mask=None):
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
         return ops.group_norm(
             inputs,
@@ -109,7 +104,7 @@ class GroupNormalization(Affine):
             dtype=self.compute_dtype,
         )
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
         return {**super().get_config(), "groups": self.groups}
 
@@ -150,47 +145,33 @@ class InstanceNormalization(GroupNormalization):
 
     def __init__(
         self,
-        axis=-1,
-        epsilon=1e-3,
-        center=True,
-        scale=True,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
-        activation=None,
-        **kwargs,
+        axis: Axis = -1,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Initializer = "zeros",
+        gamma_initializer: Initializer = "ones",
+        beta_regularizer: Regularizer = None,
+        gamma_regularizer: Regularizer = None,
+        beta_constraint: Constraint = None,
+        gamma_constraint: Constraint = None,
+        activation: Activation = None,
+        **kwargs: Any,
     ):
-        groups = kwargs.pop("groups", geometry.INSTANCE)
+        options = given(locals())
+        groups = options.pop("groups", geometry.INSTANCE)
         if groups != geometry.INSTANCE:
             warnings.warn(
                 f"InstanceNormalization ignores groups={groups}: its groups are its channels; "
                 "leave groups out, or use GroupNormalization",
                 stacklevel=2,
             )
-        super().__init__(
-            groups=geometry.INSTANCE,
-            axis=axis,
-            epsilon=epsilon,
-            center=center,
-            scale=scale,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            activation=activation,
-            **kwargs,
-        )
+        super().__init__(groups=geometry.INSTANCE, **options)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
-        config = super().get_config()
-        del config["groups"]
-        return config
+        # Not that of group norm: the groups are no argument.
+        return super(GroupNormalization, self).get_config()
 
 
 # Models saved by TensorFlow Addons name their layers so.

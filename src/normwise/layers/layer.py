@@ -1,21 +1,25 @@
 """Layer norm and RMS norm."""
 
 import warnings
+from typing import Any
 
 import keras
 
 from normwise import geometry, ops
-from normwise.layers.affine import Affine
+from normwise.geometry import Geometry
+from normwise.layers.affine import Affine, Parameter, given
+from normwise.norm import check_dtype, check_mask
+from normwise.typing import Activation, Axis, Constraint, Initializer, Regularizer, Shape, Tensor
 
 
 class _OverAxes(Affine):
     """A norm over any axes, named when it is made: an int, or a list as configs keep it."""
 
-    def __init__(self, *, axis, **kwargs):
-        axis = geometry.check_axes(axis)
-        super().__init__(axis=axis if isinstance(axis, int) else list(axis), **kwargs)
+    def __init__(self, *, axis: Axis, **kwargs: Any):
+        checked = geometry.check_axes(axis)
+        super().__init__(axis=checked if isinstance(checked, int) else list(checked), **kwargs)
 
-    def geometry(self, input_shape) -> geometry.Geometry:
+    def geometry(self, input_shape: Shape) -> Geometry:
         """Which elements of an input of this shape share their statistics."""
         return geometry.layer(input_shape, self.axis)
 
@@ -67,46 +71,35 @@ class LayerNormalization(_OverAxes):
 
     def __init__(
         self,
-        axis=-1,
-        epsilon=1e-3,
-        center=True,
-        scale=True,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
-        activation=None,
-        **kwargs,
+        axis: Axis = -1,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: Initializer = "zeros",
+        gamma_initializer: Initializer = "ones",
+        beta_regularizer: Regularizer = None,
+        gamma_regularizer: Regularizer = None,
+        beta_constraint: Constraint = None,
+        gamma_constraint: Constraint = None,
+        activation: Activation = None,
+        **kwargs: Any,
     ):
-        rms_scaling = bool(kwargs.pop("rms_scaling", False))
+        options = given(locals())
+        rms_scaling = bool(options.pop("rms_scaling", False))
         if rms_scaling:
             warnings.warn(
                 "rms_scaling=True divides by the standard deviation, not by the root mean square, "
                 "and Keras deprecates it; use RMSNormalization",
                 stacklevel=2,
             )
-        super().__init__(
-            axis=axis,
-            epsilon=epsilon,
-            center=center and not rms_scaling,
-            scale=scale or rms_scaling,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            activation=activation,
-            **kwargs,
-        )
+            options |= {"center": False, "scale": True}
+        super().__init__(**options)
         self.rms_scaling = rms_scaling
 
-    def call(self, inputs, mask=None):
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
         if self.rms_scaling:
-            return self._divided_by_deviation(inputs)
+            return self._divided_by_deviation(inputs, mask)
         return ops.layer_norm(
             inputs,
             self.gamma,
@@ -118,15 +111,34 @@ class LayerNormalization(_OverAxes):
             dtype=self.compute_dtype,
         )
 
-    def _divided_by_deviation(self, inputs):
-        plan = self.geometry(inputs.shape)
-        x = keras.ops.cast(inputs, keras.backend.result_type(inputs.dtype, "float32"))
-        variance = keras.ops.var(x, axis=plan.set_axes, keepdims=True)
-        gamma = keras.ops.reshape(self.gamma, plan.broadcast_shape(self.gamma.shape))
-        y = x * keras.ops.rsqrt(variance + self.epsilon) * gamma
+    def _divided_by_deviation(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        # Layer norm of a further element that is 0, and masked so that the statistics are those of
+        # the others, is what the mean adds: -mean / sqrt(var + epsilon).
+        found = self.geometry(inputs.shape)
+        axis = found.set_axes[-1]
+        further = [(0, int(each == axis)) for each in range(len(inputs.shape))]
+        wide = keras.backend.result_type(check_dtype(inputs), "float32")
+        x = keras.ops.cast(inputs, wide)
+        keep = keras.ops.ones_like(x, "bool")
+        if mask is not None:
+            check_mask(found, mask)
+            trailing = (1,) * (len(inputs.shape) - len(mask.shape))
+            mask = keras.ops.reshape(mask, keras.ops.shape(mask) + trailing)
+            keep = keras.ops.logical_and(keep, keras.ops.cast(mask, "bool"))
+        y = ops.layer_norm(
+            keras.ops.pad(x, further),
+            axis=self.axis,
+            epsilon=self.epsilon,
+            mask=keras.ops.pad(keep, further),
+            dtype=wide,
+        )
+        before = (slice(None),) * axis
+        y = y[(*before, slice(None, -1))] - y[(*before, slice(-1, None))]
+        gamma = keras.ops.cast(self.gamma, wide)
+        y = y * keras.ops.reshape(gamma, found.broadcast_shape(gamma.shape))
         return self.activation(keras.ops.cast(y, self.compute_dtype))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
         config = super().get_config()
         return {**config, "rms_scaling": True} if self.rms_scaling else config
@@ -169,32 +181,23 @@ class RMSNormalization(_OverAxes):
     [('gamma', (8,))]
     """
 
+    parameters = (Parameter("gamma", option="scale"),)
     subtract_mean = False
 
     def __init__(
         self,
-        axis=-1,
-        epsilon=1e-6,
-        scale=True,
-        gamma_initializer="ones",
-        gamma_regularizer=None,
-        gamma_constraint=None,
-        activation=None,
-        **kwargs,
+        axis: Axis = -1,
+        epsilon: float = 1e-6,
+        scale: bool = True,
+        gamma_initializer: Initializer = "ones",
+        gamma_regularizer: Regularizer = None,
+        gamma_constraint: Constraint = None,
+        activation: Activation = None,
+        **kwargs: Any,
     ):
-        super().__init__(
-            axis=axis,
-            epsilon=epsilon,
-            center=False,
-            scale=scale,
-            gamma_initializer=gamma_initializer,
-            gamma_regularizer=gamma_regularizer,
-            gamma_constraint=gamma_constraint,
-            activation=activation,
-            **kwargs,
-        )
+        super().__init__(**given(locals()))
 
-    def call(self, inputs, mask=None):
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
         return ops.rms_norm(
             inputs,
@@ -205,10 +208,3 @@ class RMSNormalization(_OverAxes):
             mask=mask,
             dtype=self.compute_dtype,
         )
-
-    def get_config(self):
-        """The arguments of the layer, whatever it was built on."""
-        config = super().get_config()
-        for name in ("center", "beta_initializer", "beta_regularizer", "beta_constraint"):
-            del config[name]
-        return config

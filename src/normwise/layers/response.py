@@ -1,11 +1,14 @@
 """Filter response norm, and the thresholded linear unit made to follow it."""
 
+from typing import Any
+
 import keras
-from keras import constraints, initializers, regularizers
 
 from normwise import geometry, ops
-from normwise import norm as checks
-from normwise.layers.affine import Affine, Parametric
+from normwise.geometry import Geometry
+from normwise.layers.affine import Affine, Parameter, Parametric, given
+from normwise.norm import check_dtype
+from normwise.typing import Activation, Axis, Constraint, Initializer, Regularizer, Shape, Tensor
 
 
 @keras.saving.register_keras_serializable("normwise")
@@ -61,67 +64,58 @@ class FilterResponseNormalization(Affine):
     [('learned_epsilon', (1,)), ('gamma', (1, 6, 1, 1)), ('beta', (1, 6, 1, 1))]
     """
 
+    parameters = (
+        Parameter(
+            "learned_epsilon",
+            option="learned_epsilon",
+            kinds=("constraint",),
+            attribute="eps_learned",
+            shape=(1,),
+        ),
+        Parameter("gamma"),
+        Parameter("beta"),
+    )
+    learned_epsilon_initializer = keras.initializers.Constant(1e-4)
+    learned_epsilon_regularizer = None
+    eps_learned = None
     subtract_mean = False
 
     def __init__(
         self,
-        epsilon=1e-6,
-        axis=geometry.SPATIAL,
-        beta_initializer="zeros",
-        gamma_initializer="ones",
-        beta_regularizer=None,
-        gamma_regularizer=None,
-        beta_constraint=None,
-        gamma_constraint=None,
-        learned_epsilon=False,
-        learned_epsilon_constraint=None,
-        name=None,
-        activation=None,
-        **kwargs,
+        epsilon: float = 1e-6,
+        axis: Axis = geometry.SPATIAL,
+        beta_initializer: Initializer = "zeros",
+        gamma_initializer: Initializer = "ones",
+        beta_regularizer: Regularizer = None,
+        gamma_regularizer: Regularizer = None,
+        beta_constraint: Constraint = None,
+        gamma_constraint: Constraint = None,
+        learned_epsilon: bool = False,
+        learned_epsilon_constraint: Constraint = None,
+        name: str | None = None,
+        activation: Activation = None,
+        **kwargs: Any,
     ):
-        super().__init__(
-            axis=list(geometry.check_spatial_axes(axis)),
-            epsilon=epsilon,
-            center=True,
-            scale=True,
-            beta_initializer=beta_initializer,
-            gamma_initializer=gamma_initializer,
-            beta_regularizer=beta_regularizer,
-            gamma_regularizer=gamma_regularizer,
-            beta_constraint=beta_constraint,
-            gamma_constraint=gamma_constraint,
-            activation=activation,
-            name=name,
-            **kwargs,
-        )
-        self.learned_epsilon = bool(learned_epsilon)
-        self.learned_epsilon_constraint = constraints.get(learned_epsilon_constraint)
-        self.eps_learned = None
+        options = given(locals())
+        options["axis"] = list(geometry.check_spatial_axes(axis))
+        options["learned_epsilon"] = bool(learned_epsilon)
+        super().__init__(**options)
 
-    def geometry(self, input_shape) -> geometry.Geometry:
+    def geometry(self, input_shape: Shape) -> Geometry:
         """Which elements of an input of this shape share their statistics."""
         return geometry.response(input_shape, self.axis)
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         """Create the weights for inputs of this shape."""
-        plan = self.geometry(input_shape)
-        if self.learned_epsilon:
-            self.eps_learned = self.add_weight(
-                name="learned_epsilon",
-                shape=(1,),
-                initializer=initializers.Constant(1e-4),
-                constraint=self.learned_epsilon_constraint,
-                autocast=False,
-            )
-        shape = plan.broadcast_shape(plan.parameter_shape)
-        self.gamma = self._add_parameter("gamma", shape)
-        self.beta = self._add_parameter("beta", shape)
-        (channel,) = plan.parameter_axes
-        self.input_spec = keras.InputSpec(
-            ndim=len(input_shape), axes={channel: input_shape[channel]}
-        )
+        super().build(input_shape)
+        (channel,) = self.geometry(input_shape).parameter_axes
+        channels = tuple(input_shape)[channel]
+        self.input_spec = keras.InputSpec(ndim=len(input_shape), axes={channel: channels})
 
-    def call(self, inputs, mask=None):
+    def _parameter_shape(self, geometry: Geometry) -> tuple[int | None, ...]:
+        return geometry.broadcast_shape(geometry.parameter_shape)
+
+    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
         return ops.filter_response_norm(
             inputs,
@@ -134,16 +128,6 @@ class FilterResponseNormalization(Affine):
             mask=mask,
             dtype=self.compute_dtype,
         )
-
-    def get_config(self):
-        """The arguments of the layer, whatever it was built on."""
-        config = super().get_config()
-        del config["center"], config["scale"]
-        return {
-            **config,
-            "learned_epsilon": self.learned_epsilon,
-            "learned_epsilon_constraint": constraints.serialize(self.learned_epsilon_constraint),
-        }
 
 
 @keras.saving.register_keras_serializable("normwise")
@@ -183,29 +167,23 @@ class TLU(Parametric):
     [[-1.0, 0.5]]
     """
 
+    parameters = (Parameter("tau"), Parameter("alpha", option="affine"))
+    tau = alpha = None
+
     def __init__(
         self,
-        affine=False,
-        tau_initializer="zeros",
-        tau_regularizer=None,
-        tau_constraint=None,
-        alpha_initializer="zeros",
-        alpha_regularizer=None,
-        alpha_constraint=None,
-        **kwargs,
+        affine: bool = False,
+        tau_initializer: Initializer = "zeros",
+        tau_regularizer: Regularizer = None,
+        tau_constraint: Constraint = None,
+        alpha_initializer: Initializer = "zeros",
+        alpha_regularizer: Regularizer = None,
+        alpha_constraint: Constraint = None,
+        **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        self.affine = affine
-        self.tau_initializer = initializers.get(tau_initializer)
-        self.tau_regularizer = regularizers.get(tau_regularizer)
-        self.tau_constraint = constraints.get(tau_constraint)
-        self.alpha_initializer = initializers.get(alpha_initializer)
-        self.alpha_regularizer = regularizers.get(alpha_regularizer)
-        self.alpha_constraint = constraints.get(alpha_constraint)
-        self.tau = None
-        self.alpha = None
+        super().__init__(**given(locals()))
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shape) -> None:
         """Create tau and alpha for inputs of this shape."""
         _, *extents = shape = tuple(input_shape)
         if not extents:
@@ -218,14 +196,12 @@ class TLU(Parametric):
                 f"shape {shape} has an unknown extent, but tau has a value for every element of a "
                 "sample; give all but the batch a fixed extent, as in keras.Input((32, 32, 16))"
             )
-        self.tau = self._add_parameter("tau", extents)
-        if self.affine:
-            self.alpha = self._add_parameter("alpha", extents)
+        self._add_weights(extents)
         self.input_spec = keras.InputSpec(ndim=len(shape), axes=dict(enumerate(extents, start=1)))
 
-    def call(self, inputs):
+    def call(self, inputs: Tensor) -> Tensor:
         """The larger of `inputs` and the threshold."""
-        wide = "float64" in (checks.check_dtype(inputs), self.compute_dtype)
+        wide = "float64" in (check_dtype(inputs), self.compute_dtype)
         arithmetic = "float64" if wide else "float32"
         x = keras.ops.cast(inputs, arithmetic)
         threshold = keras.ops.cast(self.tau, arithmetic)
@@ -236,22 +212,9 @@ class TLU(Parametric):
         above = keras.ops.logical_or(x >= threshold, keras.ops.isnan(x))
         return keras.ops.cast(keras.ops.where(above, x, threshold), self.compute_dtype)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
         """The shape of the input."""
         return tuple(input_shape)
-
-    def get_config(self):
-        """The arguments of the layer, whatever it was built on."""
-        return {
-            **super().get_config(),
-            "affine": self.affine,
-            "tau_initializer": initializers.serialize(self.tau_initializer),
-            "tau_regularizer": regularizers.serialize(self.tau_regularizer),
-            "tau_constraint": constraints.serialize(self.tau_constraint),
-            "alpha_initializer": initializers.serialize(self.alpha_initializer),
-            "alpha_regularizer": regularizers.serialize(self.alpha_regularizer),
-            "alpha_constraint": constraints.serialize(self.alpha_constraint),
-        }
 
 
 # Models saved by TensorFlow Addons name their layers so.

@@ -39,8 +39,8 @@ UNUSED = ("filters", "kernel_initializer", "kernel_regularizer", "kernel_constra
 RENAMED = {("LeakyReLU", "alpha"): "negative_slope", ("ThresholdedReLU", "theta"): "threshold"}
 # The options of layers that hold other layers.
 NESTED = ("layer", "backward_layer", "cell", "cells")
-# The classes of models, and of the layers that stand for TensorFlow's functions.
-GRAPHS = {"Functional": "keras.src.models.functional", "Model": "keras", "Sequential": "keras"}
+# The classes of models in Keras 3, and of the layers that stand for TensorFlow's functions.
+GRAPHS = {"Functional": "Model", "Model": "Model", "Sequential": "Sequential"}
 CALLS = ("TFOpLambda", "SlicingOpLambda")
 # Classes that are others now; Keras 3's LayerNormalization is right on the last axis only, on some
 # backends.
@@ -147,7 +147,7 @@ class Translator:
         if self._own(registered) is not None:
             return {**_serialized(None, registered, inner), "registered_name": registered}
         if name in GRAPHS and _of_keras(value.get("module")):
-            return _serialized(GRAPHS[name], name, inner)
+            return _serialized("keras", GRAPHS[name], inner)
         namespace = NAMESPACES.get(key.rpartition("_")[2])
         for each in (namespace,) if namespace else NAMESPACES.values():
             found = getattr(each, name, None) if _of_keras(value.get("module")) else None

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import keras
 import ml_dtypes
@@ -15,6 +16,7 @@ import numpy as np
 from rich.table import Table
 
 import normwise
+from normwise import keras_private
 from normwise.migrate import models
 
 # Of an extent that the model leaves open. The first suits most models, and halves as often as a
@@ -64,7 +66,13 @@ class Conversion:
 
 
 def convert(
-    path, out, *, custom_objects=None, safe_mode=True, overwrite=False, seed=0
+    path: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    custom_objects: dict[str, Any] | None = None,
+    safe_mode: bool = True,
+    overwrite: bool = False,
+    seed: int = 0,
 ) -> Conversion:
     """Write a model that Keras 2 saved as a `.keras` file of Keras 3, and check what was written.
 
@@ -235,7 +243,7 @@ def _input_specs(model, path):
 
 def _random_inputs(model, specs, extent, rng):
     """Input for every part of a model to do something: integers for tables, gaps for masks."""
-    layers = [layer for layer in model._flatten_layers() if layer is not model]
+    layers = keras_private.inner_layers(model)
     vocabularies = [
         layer.input_dim for layer in layers if isinstance(layer, keras.layers.Embedding)
     ]
@@ -273,7 +281,7 @@ def _largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _tolerance(model, outputs) -> float:
-    dtypes = {layer.compute_dtype for layer in model._flatten_layers()}
+    dtypes = {layer.compute_dtype for layer in [model, *keras_private.inner_layers(model)]}
     eps = max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes if "float" in dtype)
     largest = max(np.abs(y[np.isfinite(y)]).max(initial=1.0) for y in outputs)
     return float(eps * largest * sum(np.sqrt(_size(weight)) for weight in model.weights))

@@ -6,6 +6,7 @@ import weakref
 
 import keras
 
+from normwise import keras_private
 from normwise.migrate import configs, operations
 
 MAX_LAYERS = 20_000
@@ -66,7 +67,7 @@ class Builder:
         if data.get("class_name") == "Sequential" and not is_own:
             return self._sequential(data, config)
         if data.get("class_name") == "InputLayer":
-            return _input(config)._keras_history.operation
+            return _input(config)
         cls = self._translator.class_of(data)
         if cls is None:
             raise ValueError(configs.missing([str(data.get("class_name"))]))
@@ -273,11 +274,11 @@ class _Graph:
             inputs, *options["initial_state"] = inputs
         if "initial_state" in options:
             # Keras 3 passes a mask on to layers of one input only.
-            options.setdefault("mask", getattr(inputs, "_keras_mask", None))
+            options.setdefault("mask", keras_private.mask_of(inputs))
         return target(inputs, **options)
 
 
-def _input(config: dict):
+def _input(config: dict) -> keras.layers.InputLayer:
     if config.get("ragged"):
         raise ValueError(
             f"the input {config.get('name')} is ragged, which Keras 3 knows not; pad the data, "
@@ -286,7 +287,7 @@ def _input(config: dict):
     shape = _shape(config.get("batch_input_shape", config.get("batch_shape")))
     if shape is None:
         raise ValueError(f"the input {config.get('name')} has no shape")
-    return keras.Input(
+    return keras.layers.InputLayer(
         batch_shape=shape,
         dtype=configs.dtype_name(config.get("dtype")),
         sparse=bool(config.get("sparse")),

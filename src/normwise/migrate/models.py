@@ -1,17 +1,24 @@
 """Models and weights that Keras 2 saved, with or without layers of TensorFlow Addons."""
 
 import contextlib
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
-from keras.src.backend.common import global_state
 
+from normwise import keras_private
 from normwise.migrate import checkpoints, configs, files, graphs, training, weights
 from normwise.migrate.stored import Saved
 
 
-def load_model(path, custom_objects=None, compile=False, safe_mode=True) -> keras.Model:
+def load_model(
+    path: str | PathLike[str],
+    custom_objects: dict[str, Any] | None = None,
+    compile: bool = False,
+    safe_mode: bool = True,
+) -> keras.Model:
     """Read a model that TensorFlow's Keras 2 saved, as a plain model of Keras 3.
 
     Takes what `model.save` wrote: an `.h5` file, a `.keras` file, or the folder of a SavedModel, by
@@ -62,7 +69,7 @@ def read_model(path, custom_objects=None, safe_mode=True) -> tuple[Saved, keras.
         return saved, _built(saved, custom_objects, safe_mode)
 
 
-def load_weights(model, path) -> None:
+def load_weights(model: keras.Model, path: str | PathLike[str]) -> None:
     """Read weights that Keras 2 saved into a model of Keras 3 of the same layers.
 
     Takes what `model.save_weights` wrote: an `.h5` file of either layout, or a checkpoint of
@@ -117,14 +124,19 @@ def _refusing(path):
 def _built(saved: Saved, custom_objects, safe_mode) -> keras.Model:
     translator = configs.Translator(custom_objects, safe_mode)
     builder = graphs.Builder(translator)
-    with translator.scope(), _nothing_allocated():
+    with translator.scope(), keras_private.nothing_allocated():
         model = builder.model(saved.config)
         pairs = weights.pair(
             model, saved.weights, lambda each: builder.layers.get(each) or each.layers
         )
-        for variable, array in pairs:
-            # Instead of random values, which would cost their computation and be lost.
-            variable._initializer = _initializer(array)
+        # Instead of random values, which would cost their computation and be lost.
+        late = [
+            (variable, array)
+            for variable, array in pairs
+            if not keras_private.begin_with(variable, _initializer(array))
+        ]
+    for variable, array in late:
+        variable.assign(_tensor(array, variable.dtype))
     if builder.stateful:
         # Their states have values from the beginning, which no variable could have until here.
         for layer in builder.stateful:
@@ -145,25 +157,8 @@ def _tensor(array: np.ndarray, dtype):
     return keras.ops.convert_to_tensor(np.array(array), dtype)
 
 
-@contextlib.contextmanager
-def _nothing_allocated():
-    """Make variables without values, until the end; what fails before leaves none behind."""
-    outer = global_state.get_global_attribute("uninitialized_variables", [])
-    global_state.set_global_attribute("uninitialized_variables", [])
-    scope = keras.StatelessScope()
-    try:
-        with scope:
-            try:
-                yield
-            except BaseException:
-                global_state.set_global_attribute("uninitialized_variables", [])
-                raise
-    finally:
-        global_state.set_global_attribute("uninitialized_variables", outer)
-
-
 def _finalize(model: keras.Model) -> None:
     """Let layers compute what follows from their weights."""
-    for layer in model._flatten_layers():
+    for layer in keras_private.inner_layers(model):
         if isinstance(layer, keras.layers.Normalization):
             layer.finalize_state()

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 import normwise
+from normwise import keras_private
 from normwise.migrate.stored import Group, Node
 
 Pairs = list[tuple[keras.Variable, np.ndarray]]
@@ -46,8 +47,13 @@ def pair(model: keras.Model, stored: list[Group] | Node, layers_of: LayersOf) ->
 
 def _offsets(model: keras.Model) -> list[keras.Variable]:
     """What our wrappers keep beside the weights that the original changes in place: zero then."""
-    wrappers = [each for each in model._flatten_layers() if isinstance(each, WRAPPERS)]
-    return [each for layer in wrappers for each in _all_own(layer) if _is_offset(layer, each)]
+    wrappers = [each for each in keras_private.inner_layers(model) if isinstance(each, WRAPPERS)]
+    return [
+        each
+        for layer in wrappers
+        for each in keras_private.own_variables(layer)
+        if _is_offset(layer, each)
+    ]
 
 
 def _is_offset(layer: keras.Layer, variable: keras.Variable) -> bool:
@@ -113,17 +119,13 @@ def _walk(layer: keras.Layer, layers_of: LayersOf) -> Iterator[keras.Variable]:
 
 def _own_variables(layer: keras.Layer) -> list[keras.Variable]:
     """The variables that are a layer's own, of those that it had in Keras 2 too."""
-    return [each for each in _all_own(layer) if not _is_offset(layer, each)]
-
-
-def _all_own(layer: keras.Layer) -> list[keras.Variable]:
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
+    return [each for each in keras_private.own_variables(layer) if not _is_offset(layer, each)]
 
 
 def _inner_layers(layer: keras.Layer, layers_of: LayersOf) -> list[keras.Layer]:
     if isinstance(layer, keras.Model):
         return layers_of(layer)
-    return list(layer._flatten_layers(include_self=False, recursive=False))
+    return keras_private.inner_layers(layer, recursive=False)
 
 
 # .weights.h5 of Keras 2.12 to 2.15, and checkpoints

@@ -1,0 +1,112 @@
+"""What Keras keeps to itself and this project needs, as Keras 3.12 to 3.15.1 have it.
+
+No other module outside of `kernels/` names it. Where a version lacks a name, the function here does
+without, or says so.
+"""
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from normwise.typing import Initializer, Tensor
+
+_STATE = "keras.src.backend.common.global_state"
+_MASKING = "keras.src.backend.common.masking"
+_UNINITIALIZED = "uninitialized_variables"
+
+
+def saved_axes(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose axes come back from a legacy `.h5` file too.
+
+    Keras's reader of such files drops `axis` where that is a list of several; in what it writes to
+    one they therefore stand under `axes` as well.
+    """
+    state = _find(_STATE, "get_global_attribute", lambda name: None)
+    if not isinstance(config["axis"], int) and state("use_legacy_config"):
+        return {**config, "axes": list(config["axis"])}
+    return config
+
+
+def restored_axes(config: dict[str, Any]) -> dict[str, Any]:
+    """What `saved_axes` was given.
+
+    Raises:
+        ValueError: a config that was saved, and so has a dtype, has no axis.
+    """
+    config = dict(config)
+    if "axes" in config:
+        config["axis"] = config.pop("axes")
+    elif "dtype" in config and "axis" not in config:
+        raise ValueError(
+            f"the config of {config.get('name')!r} has lost its axis: Keras drops a list of axes "
+            "when it reads an .h5 file or a config of Keras 2; load a model of Keras 2 by "
+            "normwise.migrate.load_model; of Keras 3, build the model in code, read the file by "
+            "its load_weights, and save it as .keras"
+        )
+    return config
+
+
+@contextlib.contextmanager
+def nothing_allocated() -> Iterator[None]:
+    """Make variables without values, until the end; what fails before leaves none behind."""
+    get, put = _find(_STATE, "get_global_attribute"), _find(_STATE, "set_global_attribute")
+    outer = get(_UNINITIALIZED, [])
+    put(_UNINITIALIZED, [])
+    try:
+        with keras.StatelessScope():
+            try:
+                yield
+            except BaseException:
+                put(_UNINITIALIZED, [])
+                raise
+    finally:
+        put(_UNINITIALIZED, outer)
+
+
+def begin_with(variable: keras.Variable, initializer: Initializer) -> bool:
+    """Give a variable without a value another initializer; whether that could be done."""
+    found = hasattr(variable, "_initializer")
+    if found:
+        variable._initializer = initializer
+    return found
+
+
+def inner_layers(layer: keras.Layer, recursive: bool = True) -> list[keras.Layer]:
+    """The layers that a layer has, and with `recursive` those that they have."""
+    return _name(layer, "_flatten_layers")(include_self=False, recursive=recursive)
+
+
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """The variables of a layer without those of its layers; what is trained first."""
+    return [*_name(layer, "_trainable_variables"), *_name(layer, "_non_trainable_variables")]
+
+
+def mask_of(tensor: Tensor) -> Tensor | None:
+    """The mask that a layer gave its output."""
+    return _find(_MASKING, "get_keras_mask")(tensor)
+
+
+def _find(module: str, name: str, default: Any = None) -> Any:
+    """A function of a module, or what serves where there is none."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        if default is None:
+            raise _missing(f"{module}.{name}") from None
+        return default
+
+
+def _name(owner: Any, name: str) -> Any:
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        raise _missing(f"{type(owner).__name__}.{name}") from None
+
+
+def _missing(name: str) -> ValueError:
+    return ValueError(
+        f"Keras {keras.__version__} has no {name}, which this needs; use Keras 3.12 to 3.15.1"
+    )
