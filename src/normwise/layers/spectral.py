@@ -99,7 +99,7 @@ class SpectralNormalization(KernelWrapper):
 
         The predictions stay as they are, those of the wrapper too.
         """
-        self._check_built()
+        self._release()
         values = self._values(training=False)
         for kernel in self.kernels():
             kernel.variable.assign(values[id(kernel.variable)])

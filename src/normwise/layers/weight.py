@@ -128,7 +128,7 @@ class WeightNormalization(KernelWrapper):
 
         The predictions stay as they are, those of the wrapper too.
         """
-        self._check_built()
+        self._release()
         values = self._values(self._offsets)
         for kernel, g in zip(self.kernels(), self._g, strict=True):
             value = values[id(kernel.variable)]
