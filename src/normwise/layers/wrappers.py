@@ -27,6 +27,11 @@ class Kernel(typing.NamedTuple):
     variable: keras.Variable
 
     @property
+    def dtype(self) -> str:
+        """The dtype that it is stored in; its own one is another while Keras casts it."""
+        return self.owner.variable_dtype
+
+    @property
     def prefix(self) -> str:
         """What tells the weights made for it from those of the layer's other kernel."""
         one_of_two = self.name in ("depthwise_kernel", "pointwise_kernel")
@@ -109,19 +114,54 @@ class KernelWrapper(keras.layers.Wrapper):
     def _wanted(self) -> str:
         return "a " + " or ".join(" and ".join(names) for names in self.kernel_names)
 
-    def call_with(self, values, inputs, training, **changes):
+    @property
+    def compute_dtype(self):
+        """That of the norm: the wrapped layer computes in its own one.
+
+        Were it another than that of the weights, Keras would round them before the norm sees them.
+        """
+        return self.variable_dtype
+
+    def call_with(self, values, inputs, training):
         """Call the wrapped layer as if its weights had other values.
 
         Args:
             values: a tensor for each weight that is to be another, by the `id` of the weight.
             inputs, training: of the call.
-            **changes: what else is to be another, by the layer's attribute.
         """
         dtype = self.layer.compute_dtype
         values = {key: ops.cast(value, dtype) for key, value in values.items()}
+        changes = {}
         if isinstance(self.layer, keras.layers.RNN):
             changes["cell"] = _twin(self.layer.cell, values)
         return _twin(self.layer, values, **changes)(inputs, training=training)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the wrapped layer computes by itself: one of Keras's, and not by a cell."""
+        known = getattr(keras.layers, type(self.layer).__name__, None) is type(self.layer)
+        return known and not isinstance(self.layer, keras.layers.RNN)
+
+    def call_precisely(self, inputs, **changes):
+        """Call the wrapped layer in the dtype of its weights, whichever it computes in.
+
+        Args:
+            inputs: of the call.
+            **changes: what is to be another, by the layer's attribute.
+        """
+        twins = []
+        if isinstance(self.layer, keras.layers.RNN):
+            changes["cell"] = _twin(self.layer.cell, {})
+            twins.append(changes["cell"])
+        twins.append(_twin(self.layer, {}, **changes))
+        for twin in twins:
+            twin.dtype_policy = twin.variable_dtype
+        if not self.is_flat:
+            return twins[-1](inputs, training=False)
+        # `__call__` changes what no branch of torch.cond may.
+        dtype = twins[-1].variable_dtype
+        convert = twins[-1].dtype_policy.convert_input
+        return twins[-1].call(keras.tree.map_structure(lambda x: convert(x, True, dtype), inputs))
 
     def compute_output_shape(self, input_shape):
         """The output shape of the wrapped layer."""
