@@ -5,7 +5,14 @@ import math
 import keras
 from keras import ops
 
+from normwise.kernels import state
 from normwise.layers.wrappers import KernelWrapper, full_precision
+
+# Of inference that finds no u to use. They leave the sigma of a random kernel, whose largest
+# singular values are close to each other, some percent too small at worst.
+_ITERATIONS = 32
+# Of sigma in one step. A u of another kernel has more, by far if one value of the kernel is large.
+_LARGEST_STEP = 1.1
 
 
 @keras.saving.register_keras_serializable("normwise")
@@ -23,7 +30,11 @@ class SpectralNormalization(KernelWrapper):
     `recurrent_kernel`).
 
     Gradients flow through kernel / sigma, with u and v as constants. A call in inference uses the
-    u of the last call in training and changes nothing.
+    u of the last call in training and changes nothing. Before there was one, or where one more step
+    would raise sigma by a tenth, as after the kernel was set, it does 32 steps of its own from u.
+
+    Replicas hold the same u, for it comes of the kernel alone. In a recurrent cell each time step
+    is a call, but on JAX all time steps are one.
 
     Input and output: those of the wrapped layer.
 
@@ -46,9 +57,11 @@ class SpectralNormalization(KernelWrapper):
     Raises:
         TypeError: `layer` is no layer, or `compatible` no bool.
         ValueError: for a recurrent cell by itself, and a `power_iterations` that is no positive
-            int; on the first call for a layer with neither kernel nor embeddings.
+            int; on the first call for a layer with neither kernel nor embeddings; for quantizing
+            the layer, but to float8, and for LoRA, before `remove`.
 
-    Numerics: sigma in float32 (float64 for float64). A kernel of zeros stays zeros and keeps its u.
+    Numerics: sigma in float32 (float64 for float64), up to some percent too small after 32 steps
+    for a random kernel. A kernel of zeros stays zeros and keeps its u.
 
     Reference: Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018,
         https://arxiv.org/abs/1802.05957
@@ -99,7 +112,7 @@ class SpectralNormalization(KernelWrapper):
 
         The predictions stay as they are, those of the wrapper too.
         """
-        self._check_built()
+        self._release()
         values = self._values(training=False)
         for kernel in self.kernels():
             kernel.variable.assign(values[id(kernel.variable)])
@@ -121,12 +134,13 @@ class SpectralNormalization(KernelWrapper):
         return super().from_config({"compatible": True, **config}, custom_objects)
 
     def _add_u(self, kernel):
-        columns = math.prod(kernel.variable.shape[axis] for axis in self._column_axes(kernel))
+        columns = math.prod([kernel.variable.shape[axis] for axis in self._column_axes(kernel)])
         return self.add_weight(
             name=f"{kernel.prefix}sn_u",
             shape=(1, columns),
-            dtype=kernel.variable.dtype,
-            initializer=keras.initializers.TruncatedNormal(stddev=0.02),
+            dtype=kernel.dtype,
+            # Not near length 1, which says that training has set it.
+            initializer=keras.initializers.TruncatedNormal(stddev=0.02 / math.sqrt(columns)),
             trainable=False,
             autocast=False,
         )
@@ -135,7 +149,7 @@ class SpectralNormalization(KernelWrapper):
         return self.add_weight(
             name=f"{kernel.name}_offset",
             shape=kernel.variable.shape,
-            dtype=kernel.variable.dtype,
+            dtype=kernel.dtype,
             initializer="zeros",
             trainable=False,
             autocast=False,
@@ -155,48 +169,85 @@ class SpectralNormalization(KernelWrapper):
         return {id(k.variable): self._divided(k, u, training) for k, u in given}
 
     def _divided(self, kernel, u, training):
+        with state.outside_loops(kernel.variable.value, u.value):
+            left, right = self._vectors(full_precision(kernel.variable), kernel, u, training)
         weight = full_precision(kernel.variable)
-        return weight / self._sigma(weight, kernel, u, training)
+        return weight / self._sigma(weight, kernel, left, right)
 
     def _assigned(self, kernel, u, offset, training):
         """The kernel as TensorFlow Addons would have set it, by this call too if it trains."""
-        trained = full_precision(kernel.variable)
-        moved = full_precision(offset)
-        if training:
-            weight = ops.stop_gradient(trained + moved)
-            moved = weight / self._sigma(weight, kernel, u, training) - ops.stop_gradient(trained)
+        if not training:
+            return full_precision(kernel.variable) + full_precision(offset)
+        with state.outside_loops(kernel.variable.value, u.value):
+            trained = ops.stop_gradient(full_precision(kernel.variable))
+            weight = trained + full_precision(offset)
+            vectors = self._vectors(weight, kernel, u, training)
+            moved = weight / self._sigma(weight, kernel, *vectors) - trained
             offset.assign(moved)
-        return trained + moved
+        return full_precision(kernel.variable) + moved
 
-    def _sigma(self, weight, kernel, u, training):
-        """The largest singular value of the kernel, as far as the iterations tell."""
-        matrix = _as_matrix(weight, self._column_axes(kernel))  # (rows, columns)
-        fixed = ops.stop_gradient(matrix)
-        right = full_precision(u)  # (1, columns)
+    def _vectors(self, weight, kernel, u, training):
+        """The first singular vectors (1, rows), (1, columns), as far as iterations tell."""
+        matrix = ops.stop_gradient(_as_matrix(weight, self._column_axes(kernel)))
         # Not `ops.matmul`, which on PyTorch takes float64 down to float32.
-        left = _unit(right @ ops.transpose(fixed))  # (1, rows)
-        if training:
-            for step in range(self.power_iterations):
-                if step:
-                    left = _unit(right @ ops.transpose(fixed))
-                right = _unit(left @ fixed)
-            kept = ops.where(ops.any(right != 0), right, full_precision(u))
-            u.assign(ops.stop_gradient(kept))
-        sigma = ops.sum((left @ matrix) * _unit(right))
+        right = full_precision(u)
+        left = _unit(right @ ops.transpose(matrix))
+        if not training:
+            right = _unit(right)
+            return state.choose(
+                _fits(matrix, u, left, right),
+                lambda: [left, right],
+                lambda: list(_iterate(matrix, left, right)),
+            )
+        for step in range(self.power_iterations):
+            if step:
+                left = _unit(right @ ops.transpose(matrix))
+            right = _unit(left @ matrix)
+        kept = ops.where(ops.any(right != 0), right, full_precision(u))
+        u.assign(ops.stop_gradient(kept))
+        return left, _unit(kept)
+
+    def _sigma(self, weight, kernel, left, right):
+        """The largest singular value, with the kernel's gradient."""
+        sigma = ops.sum((left @ _as_matrix(weight, self._column_axes(kernel))) * right)
         return ops.where(sigma > 0, sigma, ops.ones_like(sigma))
+
+
+def _fits(matrix, u, left, right):
+    """Whether u comes from training, and from that of this kernel.
+
+    Training leaves u with length 1, and so close to a singular vector that a step hardly raises
+    sigma, as it does where the kernel has been set since.
+    """
+    u = full_precision(u)
+    length = ops.sqrt(ops.sum(ops.square(u)))
+    ahead = left @ matrix
+    sigma, next_sigma = ops.sum(ahead * right), ops.sum(ahead * _unit(ahead))
+    return ops.logical_and(ops.abs(length - 1) < 0.01, next_sigma <= _LARGEST_STEP * sigma)
+
+
+def _iterate(matrix, left, right):
+    """The vectors after as many steps as tell sigma to a few percent."""
+
+    def step(_, vectors):
+        left, right = vectors
+        right = _unit(left @ matrix)
+        return _unit(right @ ops.transpose(matrix)), right
+
+    return ops.fori_loop(0, _ITERATIONS, step, (left, right))
 
 
 def _as_matrix(weight, column_axes):
     """The kernel with what tells outputs apart in columns, the rest in rows."""
     columns = [axis % weight.ndim for axis in column_axes]
     rows = [axis for axis in range(weight.ndim) if axis not in columns]
-    width = math.prod(weight.shape[axis] for axis in columns)
+    width = math.prod([weight.shape[axis] for axis in columns])
     return ops.reshape(ops.transpose(weight, rows + columns), (-1, width))
 
 
 def _unit(row):
     """The row at length 1; zeros stay zeros."""
-    largest = ops.max(ops.abs(row))
+    largest = ops.norm(row, ord=math.inf, axis=-1, keepdims=True)
     # The root of a sum of squares would be 0 or infinite for elements beyond 1e-19 or 1e19.
     scaled = row / ops.where(largest > 0, largest, ops.ones_like(largest))
     length = ops.sqrt(ops.sum(ops.square(scaled)))

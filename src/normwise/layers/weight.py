@@ -1,10 +1,12 @@
 """Weight norm, as a wrapper of another layer."""
 
 import math
+import warnings
 
 import keras
 from keras import ops
 
+from normwise.kernels import state
 from normwise.layers.wrappers import Kernel, KernelWrapper, full_precision
 
 # TensorFlow Addons': below it a squared norm counts as it, so that a kernel of zeros stays zeros.
@@ -31,7 +33,8 @@ class WeightNormalization(KernelWrapper):
         data_init: whether the first call in training sets g and the bias from its input: with t
             what the layer gives without its activation, g becomes g / sqrt(var(t) + 1e-10) and the
             bias -mean(t) / sqrt(var(t) + 1e-10), mean and variance being those of an output
-            channel. Until then g is 1. Without it g begins as |v|, so that the kernel is v.
+            channel, of the batches of all replicas together. Until then g is 1; an empty batch
+            leaves it so. Without `data_init` g begins as |v|, so that the kernel is v.
         **kwargs: of the base layer, as `name` and `dtype`.
 
     Weights, those that train first, in the order and of the shapes of TensorFlow Addons: `g`
@@ -45,10 +48,19 @@ class WeightNormalization(KernelWrapper):
     Raises:
         TypeError: `layer` is no layer, or `data_init` no bool.
         ValueError: for a recurrent cell by itself; on the first call for a layer with no kernel,
-            and for `data_init` with a g or a bias that does not fit the output channels.
+            and for `data_init` with a g or a bias that does not fit the output channels; on the
+            first in training for `data_init` in a recurrent cell on replicas of TensorFlow; for
+            quantizing the layer, but to float8, and for LoRA, before `remove`.
+
+    Replicas: those of a tf.distribute strategy, of torch's DistributedDataParallel and of Keras's
+    distribution on JAX take the mean and variance of all their batches and hold the same weights.
+    Ranks of torch that average gradients by themselves each take those of their own.
+
+    In a recurrent cell: on JAX no data can be kept there, so that g and bias stay as they are, with
+    a warning.
 
     Numerics: the kernel is computed in float32 (float64 for float64) and rounded to the layer's
-    compute dtype once.
+    compute dtype once. So are t and its moments, whatever dtype the layer computes in.
 
     Differences from TensorFlow Addons: only a call in training takes its data to initialize, and
     later inputs may have other extents than the first. As there, the g of a transposed convolution
@@ -98,7 +110,7 @@ class WeightNormalization(KernelWrapper):
                 self.add_weight(
                     name=name,
                     shape=weight.shape,
-                    dtype=weight.dtype,
+                    dtype=kernels[-1].dtype,
                     initializer="zeros",
                     trainable=False,
                     autocast=False,
@@ -128,7 +140,7 @@ class WeightNormalization(KernelWrapper):
 
         The predictions stay as they are, those of the wrapper too.
         """
-        self._check_built()
+        self._release()
         values = self._values(self._offsets)
         for kernel, g in zip(self.kernels(), self._g, strict=True):
             value = values[id(kernel.variable)]
@@ -152,7 +164,7 @@ class WeightNormalization(KernelWrapper):
         return self.add_weight(
             name=f"{kernel.prefix}g",
             shape=kernel.variable.shape[-2 if kernel.depthwise else -1 :],
-            dtype=kernel.variable.dtype,
+            dtype=kernel.dtype,
             initializer="ones" if ones else length,
             autocast=False,
         )
@@ -181,33 +193,64 @@ class WeightNormalization(KernelWrapper):
         return moved
 
     def _initialize(self, inputs, offsets):
-        """The offsets after this call: those from its data, if it is the first."""
-        updated = ops.cond(
-            self._initialized.value,
-            lambda: offsets,
-            lambda: self._offsets_from(inputs),
-        )
-        updated = [ops.stop_gradient(offset) for offset in updated]
+        """The offsets after this call: those from its data, if it is the first that has any."""
+        before = self._initialized.value
+        if state.in_loop(before):
+            warnings.warn(
+                f"{self.name} cannot take its data to initialize here, in a loop that JAX "
+                "compiles, as that of a recurrent layer; use data_init=False",
+                stacklevel=2,
+            )
+            return offsets
+        count, mean, variance = self._moments(inputs, before)
+        some = count[0] > 0
+        updated = [
+            ops.stop_gradient(ops.where(some, new, offset))
+            for new, offset in zip(self._offsets_from(mean, variance), offsets, strict=True)
+        ]
         for offset, value in zip(self._offsets, updated, strict=True):
             offset.assign(value)
-        self._initialized.assign(True)
+        self._initialized.assign(ops.logical_or(before, some))
         return updated
 
-    def _offsets_from(self, inputs):
+    def _moments(self, inputs, initialized):
+        """Count, mean and variance (channels,) of the layer's output on all replicas.
+
+        Once initialized they are not needed, and the count is 0.
+        """
         plain = {"activation": None, "activity_regularizer": None}
-        t = full_precision(self.call_with({}, inputs, training=False, **plain))
-        axes = [axis for axis in range(t.ndim) if axis != self._channel_axis() % t.ndim]
-        mean = ops.mean(t, axis=axes, keepdims=True)
-        variance = ops.mean(ops.square(t - mean), axis=axes)
+
+        def sums():
+            t = ops.stop_gradient(full_precision(self.call_precisely(inputs, **plain)))
+            axes = [axis for axis in range(t.ndim) if axis != self._channel_axis() % t.ndim]
+            count = ops.sum(ops.ones_like(t), axis=axes, keepdims=True)
+            mean = ops.sum(t, axis=axes, keepdims=True) / ops.maximum(count, 1)
+            squares = ops.sum(ops.square(t - mean), axis=axes)
+            return [ops.reshape(each, (self._channels,)) for each in (count, mean, squares)]
+
+        def nothing():
+            dtype = full_precision(self._g[-1]).dtype
+            return [ops.zeros((self._channels,), dtype) for _ in range(3)]
+
+        count, mean, squares = state.choose(initialized, nothing, sums, in_graph=self.is_flat)
+        # Chan's merge: the squares are of the deviations from the mean of all replicas.
+        total, weighted = state.sum_over_replicas([count, count * mean], unless=initialized)
+        divisor = ops.maximum(total, 1)
+        merged = weighted / divisor
+        squares = squares + count * ops.square(mean - merged)
+        (squares,) = state.sum_over_replicas([squares], unless=initialized)
+        return total, merged, squares / divisor
+
+    def _offsets_from(self, mean, variance):
         scale = ops.rsqrt(variance + _DATA_EPSILON)
         g, *bias = self._set_by_data()
         # An LSTM's kernel holds four side by side, so its g is of four times the channels.
-        repeats = math.prod(g.shape) // scale.shape[0]
+        repeats = math.prod(g.shape) // self._channels
         scales = ops.reshape(ops.tile(scale, [repeats]), g.shape)
-        targets = [full_precision(g) * scales, -ops.reshape(mean, scale.shape) * scale]
+        targets = [full_precision(g) * scales, -mean * scale]
         return [
-            ops.cast(target - full_precision(weight), weight.dtype)
-            for target, weight in zip(targets, [g, *bias], strict=False)
+            ops.cast(target - full_precision(weight), offset.dtype)
+            for target, weight, offset in zip(targets, [g, *bias], self._offsets, strict=False)
         ]
 
     def _channel_axis(self):
@@ -218,6 +261,7 @@ class WeightNormalization(KernelWrapper):
         g, *bias = self._set_by_data()
         if not any(isinstance(extent, (list, tuple)) for extent in shape):
             channels = shape[self._channel_axis()]
+            self._channels = channels
             fits = math.prod(g.shape) % channels == 0
             if fits and all(tuple(weight.shape) == (channels,) for weight in bias):
                 return

@@ -27,6 +27,11 @@ class Kernel(typing.NamedTuple):
     variable: keras.Variable
 
     @property
+    def dtype(self) -> str:
+        """The dtype that it is stored in; its own one is another while Keras casts it."""
+        return self.owner.variable_dtype
+
+    @property
     def prefix(self) -> str:
         """What tells the weights made for it from those of the layer's other kernel."""
         one_of_two = self.name in ("depthwise_kernel", "pointwise_kernel")
@@ -80,14 +85,21 @@ class KernelWrapper(keras.layers.Wrapper):
         self.supports_masking = layer.supports_masking
         # The wrapped layer casts its inputs, to a dtype of its own.
         self.autocast = False
+        # Keras quantizes and adapts the layer without a word to its wrapper.
+        self._allow_changes = _refuse_changes(self._owner(), name)
+
+    def _owner(self):
+        """The layer that has the kernels."""
+        recurrent = isinstance(self.layer, keras.layers.RNN)
+        return self.layer.cell if recurrent else self.layer
 
     def kernels(self) -> list[Kernel]:
         """The kernels that are normalized, in the order in which the layer applies them."""
         recurrent = isinstance(self.layer, keras.layers.RNN)
-        owner = self.layer.cell if recurrent else self.layer
+        owner = self._owner()
         for names in (("recurrent_kernel",),) if recurrent else self.kernel_names:
             found = [getattr(owner, name, None) for name in names]
-            if all(isinstance(variable, keras.Variable) for variable in found):
+            if all(_is_plain(variable) for variable in found):
                 return [
                     Kernel(owner, name, variable)
                     for name, variable in zip(names, found, strict=True)
@@ -96,25 +108,60 @@ class KernelWrapper(keras.layers.Wrapper):
         raise ValueError(
             f"{type(owner).__name__} has no weight to normalize: {type(self).__name__} needs "
             f"{wanted} that is a weight of its own, as that of Dense or Conv2D; wrap the inner "
-            "layer that has it, and wrap it before LoRA or quantization"
+            "layer that has it, without LoRA or quantization"
         )
 
     def _wanted(self) -> str:
         return "a " + " or ".join(" and ".join(names) for names in self.kernel_names)
 
-    def call_with(self, values, inputs, training, **changes):
+    @property
+    def compute_dtype(self):
+        """That of the norm: the wrapped layer computes in its own one.
+
+        Were it another than that of the weights, Keras would round them before the norm sees them.
+        """
+        return self.variable_dtype
+
+    def call_with(self, values, inputs, training):
         """Call the wrapped layer as if its weights had other values.
 
         Args:
             values: a tensor for each weight that is to be another, by the `id` of the weight.
             inputs, training: of the call.
-            **changes: what else is to be another, by the layer's attribute.
         """
         dtype = self.layer.compute_dtype
         values = {key: ops.cast(value, dtype) for key, value in values.items()}
+        changes = {}
         if isinstance(self.layer, keras.layers.RNN):
             changes["cell"] = _twin(self.layer.cell, values)
         return _twin(self.layer, values, **changes)(inputs, training=training)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the wrapped layer computes by itself: one of Keras's, and not by a cell."""
+        known = getattr(keras.layers, type(self.layer).__name__, None) is type(self.layer)
+        return known and not isinstance(self.layer, keras.layers.RNN)
+
+    def call_precisely(self, inputs, **changes):
+        """Call the wrapped layer in the dtype of its weights, whichever it computes in.
+
+        Args:
+            inputs: of the call.
+            **changes: what is to be another, by the layer's attribute.
+        """
+        twins = []
+        if isinstance(self.layer, keras.layers.RNN):
+            changes["cell"] = _twin(self.layer.cell, {})
+            twins.append(changes["cell"])
+        twins.append(_twin(self.layer, {}, **changes))
+        for twin in twins:
+            twin.dtype_policy = twin.variable_dtype
+        if not self.is_flat:
+            return twins[-1](inputs, training=False)
+        # `__call__` changes what no branch of torch.cond may.
+        dtype = twins[-1].variable_dtype
+        convert = twins[-1].dtype_policy.convert_input
+        return twins[-1].call(keras.tree.map_structure(lambda x: convert(x, True, dtype), inputs))
 
     def compute_output_shape(self, input_shape):
         """The output shape of the wrapped layer."""
@@ -128,11 +175,13 @@ class KernelWrapper(keras.layers.Wrapper):
         """The mask that the wrapped layer makes of its input's."""
         return self.layer.compute_mask(inputs, previous_mask)
 
-    def _check_built(self):
+    def _release(self):
+        """Let the wrapped layer be quantized and adapted again, for `remove`."""
         if not self.built:
             raise ValueError(
                 f"{self.name} has no weights to remove the norm from; call it, or build it, first"
             )
+        self._allow_changes()
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -150,6 +199,43 @@ def full_precision(tensor):
     tensor = ops.convert_to_tensor(tensor)
     wide = keras.backend.standardize_dtype(tensor.dtype) == "float64"
     return ops.cast(tensor, "float64" if wide else "float32")
+
+
+def _is_plain(variable):
+    """Whether a kernel is a weight of its own, and one of floats."""
+    return isinstance(variable, keras.Variable) and keras.backend.is_float_dtype(variable.dtype)
+
+
+def _refuse_changes(layer, wrapper):
+    """Make a layer refuse to quantize its kernel and to add LoRA to it, until the result's call."""
+    names = ("quantize", "enable_lora")
+    own = [n for n in names if getattr(type(layer), n, None) is not getattr(keras.Layer, n, None)]
+    replaced = {name: getattr(layer, name) for name in own}
+    for name, original in replaced.items():
+        setattr(layer, name, _refusal(layer, wrapper, name, original))
+
+    def allow():
+        for name, original in replaced.items():
+            setattr(layer, name, original)
+
+    return allow
+
+
+def _refusal(layer, wrapper, method, original):
+    def refuse(*args, **kwargs):
+        given = args[0] if args else next(iter(kwargs.values()), None)
+        config = kwargs.get("config")
+        given = getattr(config, "mode", None) if given is None else given
+        if given == "float8":
+            # The kernel stays one of floats.
+            return original(*args, **kwargs)
+        raise ValueError(
+            f"{method}({given!r}) of {layer.name} would take away the kernel of floats from which "
+            f"{wrapper} computes another in every call; put the layer that the wrapper's remove() "
+            "returns in the wrapper's place first"
+        )
+
+    return refuse
 
 
 def _twin(layer, values, **changes):
