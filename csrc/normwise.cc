@@ -185,7 +185,7 @@ NormwiseNorm checked(const void* norm, size_t bytes) {
   const auto n = sized<NormwiseNorm>(norm, bytes, "the norm is of another version of normwise");
   require(0 <= n.outer_end && n.outer_end <= n.before_end && n.before_end < n.channels_end,
           "the axes must fulfil 0 <= outer_end <= before_end < channels_end");
-  require(n.groups >= 1, "groups must be at least 1");
+  require(n.groups >= 0, "groups must be at least 1");
   require(!n.keeps_after || (n.outer_end == n.before_end && n.groups == 1),
           "keeps_after needs outer_end == before_end and groups == 1");
   require(n.epsilon >= 0 && std::isfinite(n.epsilon),
@@ -205,11 +205,12 @@ Norm resolve(const NormwiseNorm& norm, int32_t dtype, int32_t rank, const int64_
     return extent;
   };
   const int64_t channels = product(norm.before_end, norm.channels_end);
-  require(channels % norm.groups == 0, "groups must divide the channels");
+  require(norm.groups > 0 || channels == 0, "groups must be at least 1");
+  require(channels == 0 || channels % norm.groups == 0, "groups must divide the channels");
   return {product(0, norm.outer_end),
           product(norm.outer_end, norm.before_end),
           norm.groups,
-          channels / norm.groups,
+          channels == 0 ? 0 : channels / norm.groups,
           product(norm.channels_end, rank),
           norm.keeps_after != 0,
           norm.subtract_mean != 0,

@@ -15,7 +15,7 @@ from frameworks import to_numpy
 from norms import NORMS, every_norm, randomize, samples
 
 import normwise
-from normwise import layers
+from normwise import layers, ops
 
 
 def full_options(norm):
@@ -222,6 +222,7 @@ SEVERAL_AXES = {
     "rms": lambda x: layers.RMSNormalization(axis=[1, 2], scale=False)(x),
     "rms of one axis": lambda x: layers.RMSNormalization(axis=[2])(x),
     "response": lambda x: layers.FilterResponseNormalization(axis=[2, 3])(x),
+    "op": lambda x: ops.layer_norm(x, axis=[1, 2]),
     "nested": lambda x: keras.Sequential([layers.LayerNormalization(axis=[1, 2])])(x),
     "wrapped": lambda x: keras.layers.TimeDistributed(layers.LayerNormalization(axis=[1, 2]))(x),
 }

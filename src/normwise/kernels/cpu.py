@@ -44,8 +44,6 @@ def why_not(norm: Norm) -> str | None:
         return library.missing()
     if norm.geometry.permutation is not None:
         return "the sets are not neighbouring axes"
-    if norm.geometry.groups == 0:
-        return "x has no channels"
     if norm.dtype not in DTYPES:
         return f"{norm.dtype} has no native kernel"
     return None

@@ -193,10 +193,19 @@ def _seen_backward(norm: Norm, x, gamma, beta, dy, needs):
 
 
 def _gradients(outputs, inputs, cotangents, **options):
-    """torch.autograd.grad, where outputs may be None, and inputs, whose gradients are None too."""
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None]
-    outputs, cotangents = zip(*pairs, strict=True)
+    """torch.autograd.grad, where outputs may be None, and inputs, whose gradients are None too.
+
+    An output may be a constant: beta's gradient is one of dy alone.
+    """
+    pairs = [
+        (o, c)
+        for o, c in zip(outputs, cotangents, strict=True)
+        if o is not None and o.requires_grad
+    ]
     given = [t for t in inputs if t is not None]
+    if not pairs:
+        return [t if t is None else torch.zeros_like(t) for t in inputs]
+    outputs, cotangents = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, given, cotangents, **options))
     return [t if t is None else next(found) for t in inputs]
 
