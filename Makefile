@@ -1,12 +1,18 @@
 # Two commands: `make tutorial` trains and draws, `make test` tests on all three backends.
 
 PYTHON ?= python3
-VENV ?= .venv
+# The versions to install; but for constraints.txt's, in a virtual environment of their own.
+CONSTRAINTS ?= constraints.txt
+VENV ?= .venv$(CONSTRAINTS:constraints%.txt=%)
+# The backends to install and test: without torch, say, where only its CUDA build is to be had.
+BACKENDS ?= tensorflow jax torch
 # The Keras backend of the tutorial: jax, tensorflow or torch.
 BACKEND ?= jax
 
-BIN = $(VENV)/bin
-INSTALL = $(BIN)/pip install --quiet --constraint constraints.txt --editable
+BIN = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+INSTALL = $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable
+EXTRAS = $(BACKENDS:tensorflow=tensorflow-cpu)
+INSTALLED = $(VENV)/.tools-$(subst $() ,-,$(strip $(BACKENDS)))
 
 FUZZ = build/sanitized/fuzz build/plain/fuzz
 
@@ -16,11 +22,11 @@ FUZZ = build/sanitized/fuzz build/plain/fuzz
 tutorial: $(VENV)/.tutorial-$(BACKEND)
 	KERAS_BACKEND=$(BACKEND) $(BIN)/normwise tutorial
 
-test: test-native test-tensorflow test-jax test-torch lint
+test: test-native $(BACKENDS:%=test-%) lint
 
 # All tests, and those of values and gradients once more as they are without the native library. With
 # one whose build failed, pip installs without a word, and most tests of it would only be skipped.
-test-tensorflow test-jax test-torch: test-%: $(VENV)/.dev
+test-tensorflow test-jax test-torch: test-%: $(INSTALLED)
 	KERAS_BACKEND=$* $(BIN)/python -c \
 		"from normwise.kernels import library; assert library.path(), library.missing()"
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet
@@ -35,7 +41,7 @@ test-native: $(FUZZ)
 	build/sanitized/fuzz 20 1
 	NORMWISE_INSTRUCTIONS=baseline build/sanitized/fuzz 10 1
 
-lint: $(VENV)/.dev
+lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -43,7 +49,7 @@ lint: $(VENV)/.dev
 
 # The kernels for ten minutes, the property tests with 2,000 examples each, ever other ones, and the
 # loaders of old models with 2,000 damaged files.
-fuzz: $(VENV)/.dev $(FUZZ)
+fuzz: $(INSTALLED) $(FUZZ)
 	build/plain/fuzz 300
 	build/sanitized/fuzz 300
 	HYPOTHESIS_PROFILE=fuzz KERAS_BACKEND=$(BACKEND) $(BIN)/python -m pytest --quiet \
@@ -56,7 +62,7 @@ fuzz: $(VENV)/.dev $(FUZZ)
 # faults make up most of the times, those of one peer in another's too. `make bench KEEP=` times that.
 KEEP = GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:$\
 	glibc.malloc.trim_threshold=4294967296
-bench: $(VENV)/.dev
+bench: $(INSTALLED)
 	for backend in tensorflow jax torch; do \
 		for what in kernels training; do \
 			env $(KEEP) KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py \
@@ -66,24 +72,24 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels.py --from build/kernels-*.json --chart docs/pictures/kernels.png
 
 # The pictures of README.md and docs/.
-figures: $(VENV)/.dev
+figures: $(INSTALLED)
 	KERAS_BACKEND=jax $(BIN)/normwise tutorial --out docs/pictures
 	$(BIN)/python benchmarks/accuracy.py docs/pictures/accuracy.png
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.tutorial-$(BACKEND): pyproject.toml constraints.txt | $(VENV)
+$(VENV)/.tutorial-$(BACKEND): pyproject.toml $(CONSTRAINTS) | $(VENV)
 	$(INSTALL) '.[tutorial,$(BACKEND)]'
 	touch $@
 
 build/sanitized/fuzz: SANITIZE = -DNORMWISE_WIDER=avx2 -DNORMWISE_SANITIZE=address,undefined
-$(FUZZ): build/%/fuzz: $(VENV)/.dev CMakeLists.txt $(wildcard csrc/*)
+$(FUZZ): build/%/fuzz: $(INSTALLED) CMakeLists.txt $(wildcard csrc/*)
 	$(BIN)/cmake -S . -B build/$* -DNORMWISE_FUZZ=ON $(SANITIZE)
 	$(BIN)/cmake --build build/$* --target fuzz --parallel 2
 
-$(VENV)/.dev: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) | $(VENV)
-	$(INSTALL) '.[dev]'
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*) | $(VENV)
+	$(INSTALL) '.[tools $(EXTRAS:%=,%)]'
 	touch $@
 
 clean:

@@ -79,12 +79,19 @@ def predict(x):
 # Of Keras's call of jax2tf.
 @pytest.mark.filterwarnings("ignore:The `native_serialization:DeprecationWarning")
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel from PyTorch")
-def test_a_saved_model_runs_without_normwise(model, tmp_path):
+def test_a_saved_model_runs_without_normwise(model, tmp_path, capfd):
+    pytest.importorskip("tensorflow")
     x = images(3)
     # Traced with the native kernels first, of which the export must not make use.
     want = model.predict(x, verbose=0)
     model.export(tmp_path / "model", verbose=False)
-    assert_within(predict_elsewhere(SAVED_MODEL, tmp_path / "model", x), want, 1e-5)
+    try:
+        found = predict_elsewhere(SAVED_MODEL, tmp_path / "model", x)
+    except subprocess.CalledProcessError:
+        if "failed to deserialize portable artifact using StableHLO" in capfd.readouterr().err:
+            pytest.skip("this JAX writes a newer StableHLO than this TensorFlow reads")
+        raise
+    assert_within(found, want, 1e-5)
     more = images(7)
     found = predict_elsewhere(SAVED_MODEL, tmp_path / "model", more)
     assert_within(found, model.predict(more, verbose=0), 1e-5)
