@@ -1,9 +1,14 @@
 """Which kernel runs, what is said about it, and that every kernel gives the same numbers."""
 
+import functools
+import gc
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import types
+import weakref
 
 import keras
 import numpy as np
@@ -21,7 +26,7 @@ from norms import NORMS, every_norm, randomize, samples
 from typer.testing import CliRunner
 
 import normwise
-from normwise import cli, dispatch, doctor, geometry, layers, ops
+from normwise import activations, cli, dispatch, doctor, geometry, layers, ops
 from normwise.dispatch import Choice
 from normwise.kernels import environment, library
 from normwise.norm import Norm, Operands
@@ -361,3 +366,104 @@ def test_a_good_environment_is_accepted(monkeypatch):
     monkeypatch.setenv("NORMWISE_NUM_THREADS", "3")
     monkeypatch.setenv("NORMWISE_INSTRUCTIONS", "avx2")
     environment.check()
+
+
+def test_activations_have_the_numbers_of_the_library():
+    header = pathlib.Path(__file__).parents[1] / "csrc" / "normwise.h"
+    if not header.exists():
+        pytest.skip("the sources are not here")
+    numbers = re.findall(r"NORMWISE_(\w+) = (\d+)", header.read_text().partition("Activation {")[2])
+    known = [(name.upper(), str(code)) for code, name in enumerate(activations.NAMES)]
+    assert numbers[: len(known)] == known
+    assert activations.Activation("gelu").code == 5
+
+
+def test_a_fused_activation_is_that_of_keras():
+    z = np.linspace(-3, 3, 13).astype("float32")
+    for function in (
+        None,
+        keras.activations.relu,
+        keras.activations.leaky_relu,
+        functools.partial(keras.activations.leaky_relu, negative_slope=0.3),
+        functools.partial(keras.activations.leaky_relu, negative_slope=0.0),
+        keras.activations.sigmoid,
+        keras.activations.tanh,
+        keras.activations.silu,
+        keras.activations.gelu,
+        functools.partial(keras.activations.gelu, approximate=True),
+    ):
+        found = activations.find(function)(keras.ops.convert_to_tensor(z))
+        want = z if function is None else to_numpy(function(keras.ops.convert_to_tensor(z)))
+        assert_within(to_numpy(found), want, 1e-6)
+    for unknown in (
+        keras.activations.softplus,
+        lambda z: z,
+        functools.partial(keras.activations.relu, max_value=6),
+        functools.partial(keras.activations.gelu, True),
+    ):
+        assert activations.find(unknown) is None
+
+
+class Unhashable:
+    """An activation of the user's that cannot be looked up."""
+
+    __hash__ = None
+
+    def __call__(self, z):
+        return 2 * z
+
+
+def test_an_activation_is_neither_looked_up_nor_kept():
+    x = samples()
+    twice = to_numpy(ops.layer_norm(x, activation=Unhashable()))
+    assert_within(twice, 2 * to_numpy(ops.layer_norm(x)), 1e-6)
+
+    held = Unhashable()
+    gone = weakref.ref(held)
+    ops.layer_norm(x, activation=lambda z, held=held: z)
+    del held
+    gc.collect()
+    assert gone() is None
+
+
+@built
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_batch_norm_is_what_its_geometry_says(axis):
+    """Its layout in memory is not instance norm's: a set is a channel of the whole batch."""
+    x = samples((3, 4, 5, 4))
+    norm = Norm(geometry.batch(x.shape, axis), "float32", "float32", 1e-3)
+    found = compiled(lambda x: choose_and_run(norm, x))(keras.ops.convert_to_tensor(x))
+    others = tuple(a for a in range(4) if a != axis % 4)
+    want = (x - x.mean(others, keepdims=True)) / np.sqrt(x.var(others, keepdims=True) + 1e-3)
+    assert_within(to_numpy(found), want, 1e-5)
+
+
+def choose_and_run(norm, x):
+    choice = dispatch.choose(norm, x)
+    assert choice.kernel == "native"
+    return choice.run(norm, x, Operands())
+
+
+def test_equal_elements_give_beta_at_an_epsilon_that_float32_has_not():
+    for mode in ("auto", "composite"):
+        with normwise.use_kernels(mode):
+            y = ops.layer_norm(np.full((2, 6), 3.0, "float32"), epsilon=1e-50)
+            assert_within(to_numpy(y), np.zeros((2, 6)), 0)
+
+
+def test_explain_asks_for_the_device(monkeypatch):
+    """Not for one of the CPU on a machine where tensors lie elsewhere."""
+    if BACKEND == "jax":
+        import jax
+
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    elif BACKEND == "tensorflow":
+        from normwise.kernels import tensorflow
+
+        monkeypatch.setattr(tensorflow, "_has_accelerator", lambda: True)
+    else:
+        elsewhere = types.SimpleNamespace(device=types.SimpleNamespace(type="cuda"))
+        monkeypatch.setattr(keras.ops, "zeros", lambda *args: elsewhere)
+    choice = normwise.explain(ops.layer_norm, (2, 6))
+    assert choice.kernel in ("composite", "torch")
+    assert "the native kernels run on the CPU, and" in choice.reason or not library.path()

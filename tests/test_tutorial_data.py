@@ -69,7 +69,7 @@ def refused(name, *texts, split="test"):
 def assert_holds(loaded, images=IMAGES, labels=LABELS):
     assert loaded.training.images.dtype == np.float32
     np.testing.assert_array_equal(loaded.training.images, images.astype("float32") / 255)
-    assert loaded.training.labels.dtype == np.int64
+    assert loaded.training.labels.dtype == np.int32
     np.testing.assert_array_equal(loaded.training.labels, labels)
 
 

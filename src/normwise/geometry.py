@@ -42,6 +42,10 @@ class Geometry:
         permutation: the order of the input's axes under which the five extents hold, None where
             that is the order in memory.
 
+    Attributes:
+        set_axes: axes of the input that lie wholly inside a set, ascending.
+        parameter_axes: axes of the input that gamma and beta span, ascending.
+
     Example:
 
     >>> from normwise import geometry
@@ -60,23 +64,37 @@ class Geometry:
     per: tuple[str, ...]
     permutation: tuple[int, ...] | None = None
 
-    @functools.cached_property
-    def _axes(self) -> tuple[tuple[int, ...], ...]:
-        """The axes of outer, of before, of the channels and of after."""
+    # What follows, kept since every call asks for it.
+    set_axes: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    parameter_axes: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        outer, before, channels, after = (self._axes(part) for part in range(4))
+        inside = before
+        if "outer" not in self.per:
+            inside += outer
+        if "groups" not in self.per or self.groups == 1:
+            inside += channels
+        if not self.keeps_after:
+            inside += after
+        object.__setattr__(self, "set_axes", tuple(sorted(inside)))
+        object.__setattr__(self, "parameter_axes", channels)
+
+    def _axes(self, part: int) -> tuple[int, ...]:
+        """The axes of outer, of before, of the channels or of after."""
         order = self.permutation or tuple(range(len(self.shape)))
         places = (0, *self.ends, len(order))
-        return tuple(order[first:end] for first, end in itertools.pairwise(places))
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.shape, self.ends, self.groups, self.per, self.permutation))
+        return order[places[part] : places[part + 1]]
 
     def __hash__(self):
-        # Part of every Norm's, which is looked up by at every call.
+        # Kept, as part of every Norm's, which is looked up by at every call.
+        if "_hash" not in self.__dict__:
+            fields = (self.shape, self.ends, self.groups, self.per, self.permutation)
+            object.__setattr__(self, "_hash", hash(fields))
         return self._hash
 
     def _extent(self, part: int) -> int | None:
-        return _product(self.shape[axis] for axis in self._axes[part])
+        return _product(self.shape[axis] for axis in self._axes(part))
 
     @property
     def outer(self) -> int | None:
@@ -105,24 +123,6 @@ class Geometry:
     def extents(self) -> Shape:
         """The five extents in order."""
         return (self.outer, self.before, self.groups, self.members, self.after)
-
-    @functools.cached_property
-    def set_axes(self) -> tuple[int, ...]:
-        """Axes of the input that lie wholly inside a set, ascending."""
-        outer, before, channels, after = self._axes
-        inside = before
-        if "outer" not in self.per:
-            inside += outer
-        if "groups" not in self.per or self.groups == 1:
-            inside += channels
-        if not self.keeps_after:
-            inside += after
-        return tuple(sorted(inside))
-
-    @property
-    def parameter_axes(self) -> tuple[int, ...]:
-        """Axes of the input that gamma and beta span, ascending."""
-        return self._axes[2]
 
     @property
     def keeps_after(self) -> bool:
@@ -208,7 +208,7 @@ def group(
     Reference: Wu and He, Group Normalization, 2018, https://arxiv.org/abs/1803.08494
     """
     axis = check_channel_axis(axis)
-    return _group(_as_shape(shape, (axis,)), axis, check_groups(groups))
+    return _group(_as_shape(shape, (axis,), symbols=True), axis, check_groups(groups))
 
 
 def response(shape: Iterable[int | None], axis: int | Iterable[int] = SPATIAL) -> Geometry:
@@ -229,7 +229,7 @@ def response(shape: Iterable[int | None], axis: int | Iterable[int] = SPATIAL) -
     """
     axes, shape = check_spatial_axes(axis), tuple(shape)
     channel = _channel_beside(axes, _as_shape(shape))
-    return _group(_as_shape(shape, (channel,)), channel, INSTANCE)
+    return _group(_as_shape(shape, (channel,), symbols=True), channel, INSTANCE)
 
 
 def layer(shape: Iterable[int | None], axis: int | Iterable[int] = -1) -> Geometry:
@@ -357,19 +357,20 @@ def _layer(shape: Shape, axis: tuple[int, ...]) -> Geometry:
     return Geometry(shape, ends, 1, ("outer",), permutation=kept + axes)
 
 
-def _as_shape(shape: Iterable[Any], axes: Iterable[int] = ()) -> Shape:
+def _as_shape(shape: Iterable[Any], axes: Iterable[int] = (), symbols: bool = False) -> Shape:
     """A shape of ints, None where the extent is a symbol that only the call will know.
 
-    PyTorch's tracer counts every extent in a tensor, and its exporters in symbols. Those on `axes`,
-    which gamma and beta span, are as fixed as a weight; the others stay open.
+    PyTorch's tracer counts every extent in a tensor. Those on `axes`, which gamma and beta span,
+    are as fixed as a weight; the others stay open. Its exporters count in `symbols`, of which the
+    number of channels alone must be known.
     """
     shape = tuple(shape)
     if not all(type(e) is int for e in shape):
+        known = "__int__" if symbols else "item"
         fixed = {axis + len(shape) if axis < 0 else axis for axis in axes}
         shape = tuple(
             int(e)
-            if isinstance(e, numbers.Integral)
-            or (axis in fixed and (hasattr(e, "item") or hasattr(e, "node")))
+            if isinstance(e, numbers.Integral) or (axis in fixed and hasattr(e, known))
             else None
             for axis, e in enumerate(shape)
         )

@@ -57,6 +57,10 @@ class Norm:
         subtract_mean: whether the mean is subtracted, or only the root mean square divided by.
         activation: applied to the result.
         operands: which there are, and how each of them lies.
+
+    Attributes:
+        arithmetic: the dtype of the statistics, of the arithmetic, and of gamma and beta.
+        dtype: the one for kernels that write what they read: x is cast to it, and y from it.
     """
 
     geometry: Geometry
@@ -67,17 +71,17 @@ class Norm:
     activation: Activation = IDENTITY
     operands: Operands = NONE
 
-    @functools.cached_property
-    def arithmetic(self) -> str:
-        """The dtype of the statistics, of the arithmetic, and of gamma and beta."""
-        return "float64" if "float64" in (self.x_dtype, self.y_dtype) else "float32"
+    # What follows, kept since every call asks for it.
+    arithmetic: str = dataclasses.field(init=False, repr=False, compare=False)
+    dtype: str = dataclasses.field(init=False, repr=False, compare=False)
 
-    @functools.cached_property
-    def dtype(self) -> str:
-        """The one dtype for kernels that write what they read: x is cast to it, and y from it."""
-        return self.x_dtype if self.x_dtype == self.y_dtype else self.arithmetic
+    def __post_init__(self):
+        arithmetic = "float64" if "float64" in (self.x_dtype, self.y_dtype) else "float32"
+        object.__setattr__(self, "arithmetic", arithmetic)
+        dtype = self.x_dtype if self.x_dtype == self.y_dtype else arithmetic
+        object.__setattr__(self, "dtype", dtype)
 
-    @functools.cached_property
+    @property
     def uniform(self) -> "Norm":
         """The same norm, which reads and writes `dtype`."""
         if self.x_dtype == self.y_dtype:
@@ -88,12 +92,11 @@ class Norm:
         """The same norm of another geometry."""
         return dataclasses.replace(self, geometry=geometry)
 
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
-
     def __hash__(self):
-        # Every kernel looks something up by it, at every call.
+        # Kept: every kernel looks something up by it, at every call.
+        if "_hash" not in self.__dict__:
+            fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.compare]
+            object.__setattr__(self, "_hash", hash(tuple(fields)))
         return self._hash
 
 

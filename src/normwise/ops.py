@@ -395,8 +395,10 @@ def geometry_of(function, shape, **where) -> geometry.Geometry:
     return operation.geometry(shape, **{**defaults, **where})
 
 
-# Looked up at every call: of a tiny norm's time, to make a Norm and its hash is a good part.
-_norm = functools.lru_cache(maxsize=1024)(Norm)
+# Of a tiny norm's time, to make a Norm and its hash would be a good part.
+@functools.lru_cache(maxsize=1024)
+def _norm(*fields) -> Norm:
+    return Norm(*fields)
 
 
 def _tensors(operands: Operands, arithmetic: str) -> Operands:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib
 import importlib.metadata
 import pathlib
 from collections.abc import Callable
@@ -61,6 +62,8 @@ def after_loading(change: Callable[[ctypes.CDLL], object]):
 def load() -> ctypes.CDLL:
     """The library, loaded once per process."""
     environment.check()
+    # The module of Keras's backend says how, when it is imported.
+    importlib.import_module("normwise.kernels").listed()
     for opener in _open_first:
         opener(str(path()))
     library = ctypes.CDLL(str(path()))

@@ -328,7 +328,8 @@ def _fused(norm: Norm, x, operands: Operands):
     if "groups" in geometry.per:
         return _fused_group_norm(x, gamma, beta, geometry, norm.epsilon)
     functional = torch.nn.functional
-    shape = geometry.parameter_shape
+    # Of x itself: where a program is exported, an extent may be a symbol.
+    shape = [x.shape[axis] for axis in geometry.parameter_axes]
     if norm.subtract_mean:
         return functional.layer_norm(x, shape, gamma, beta, norm.epsilon)
     if torch.jit.is_tracing():

@@ -43,7 +43,7 @@ class Examples:
 
     Args:
         images: (count, height, width), float32, from 0 to 1.
-        labels: (count,), int64, from 0 to 9.
+        labels: (count,), int32, from 0 to 9.
     """
 
     images: np.ndarray
@@ -371,4 +371,4 @@ def _class_numbers(labels: np.ndarray, where: str) -> np.ndarray:
             f"the labels of {where} run from {low} to {high} as {labels.dtype}; the model tells "
             f"{CLASS_COUNT} classes apart, so expected integers from 0 to {CLASS_COUNT - 1}"
         )
-    return labels.astype("int64")
+    return labels.astype("int32")
