@@ -392,12 +392,13 @@ def test_inference_after_training_uses_its_u(kind, tmp_path):
     assert_within(y, KERNELS[kind] / sigma, 1e-5 * np.abs(y).max(), "y")
     other = spectral()
     other.set_weights(layer.get_weights())
-    np.testing.assert_array_equal(to_numpy(other(x)), y)
+    # A product's last bit may follow from where in memory its operands lie.
+    assert_within(to_numpy(other(x)), y, 1e-6 * np.abs(y).max())
     model = keras.Sequential([keras.Input((96,)), layer])
     model.save_weights(tmp_path / "w.weights.h5")
     model = keras.Sequential([keras.Input((96,)), spectral()])
     model.load_weights(tmp_path / "w.weights.h5")
-    np.testing.assert_array_equal(to_numpy(model.layers[0](x)), y)
+    assert_within(to_numpy(model.layers[0](x)), y, 1e-6 * np.abs(y).max())
 
 
 def test_inference_with_a_kernel_that_is_set_after_training_finds_its_sigma():

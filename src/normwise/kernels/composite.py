@@ -4,6 +4,8 @@ This is the readable meaning of every faster kernel. It works on the input in it
 large tensor is ever reshaped or transposed, and unknown extents and sharded axes stay as they are.
 """
 
+import functools
+
 from keras import ops
 
 from normwise.geometry import Geometry
@@ -30,6 +32,14 @@ def run(norm: Norm, x, operands: Operands, *, how=None):
         x = ops.cast(x, norm.arithmetic)
     y = norm.activation((how or normalize)(norm, x, operands))
     return y if norm.y_dtype == norm.arithmetic else ops.cast(y, norm.y_dtype)
+
+
+def run_for_inference(norm: Norm, x, operands: Operands):
+    """The same without terms that only serve derivatives.
+
+    They are 0, of which a converter to integers makes a scale that no number fits.
+    """
+    return run(norm, x, operands, how=functools.partial(normalize, differentiable=False))
 
 
 def normalize(norm: Norm, x, operands: Operands, *, differentiable=True):

@@ -10,6 +10,7 @@ The primitives always take gamma and beta: one that is absent is an empty vector
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,12 @@ def _meant_forward(x, gamma, beta, *, norm):
     return _meant_y(x, gamma, beta, norm=norm), composite.statistics(norm, x)
 
 
+def _lowered_forward(x, gamma, beta, *, norm):
+    """As `_meant_forward` where nobody takes derivatives any more."""
+    y = composite.run_for_inference(norm, x, _present(gamma, beta))
+    return y, composite.statistics(norm, x)
+
+
 def _meant_tangent(x, gamma, beta, statistics, *tangents, norm):
     return jax.jvp(functools.partial(_meant_y, norm=norm), (x, gamma, beta), tangents)[1]
 
@@ -103,7 +110,9 @@ class _Primitives:
     """
 
     def __init__(self, name, forward, backward):
-        self.forward = self._primitive(f"{name}_forward", _meant_forward, forward, _forward_types)
+        self.forward = self._primitive(
+            f"{name}_forward", _meant_forward, forward, _forward_types, _lowered_forward
+        )
         self.backward = self._primitive(
             f"{name}_backward", _meant_backward, backward, _backward_types
         )
@@ -135,8 +144,12 @@ class _Primitives:
         return y.astype(norm.y_dtype)
 
     @staticmethod
-    def _primitive(name, meaning, native, types):
-        """A primitive that is `native` on the CPU, if it has that, and else `meaning`."""
+    def _primitive(name, meaning, native, types, lowered=None):
+        """A primitive that is `native` on the CPU, if it has that, and else `meaning`.
+
+        In a program that is compiled `lowered` takes the place of `meaning`, if there is one.
+        """
+        lowered = lowered or meaning
         primitive = Primitive(f"normwise_{name}")
         primitive.multiple_results = types is not None
         primitive.def_abstract_eval(types or (lambda x, *others, norm: _type(x)))
@@ -160,12 +173,12 @@ class _Primitives:
                 return jitted(*operands, norm=norm)
 
         mlir.register_lowering(
-            primitive, mlir.lower_fun(meaning, multiple_results=primitive.multiple_results)
+            primitive, mlir.lower_fun(lowered, multiple_results=primitive.multiple_results)
         )
         if native is not None and _LACKS is None:
             # Else a lowering for several devices does not learn which; custom_partitioning must.
             _PRIVATE["devices"].add(primitive)
-            mlir.register_lowering(primitive, _lowering(meaning, native), platform="cpu")
+            mlir.register_lowering(primitive, _lowering(lowered, native), platform="cpu")
         if _LACKS is None:
             _PRIVATE["checks"][primitive] = functools.partial(_PRIVATE["nan_check"], primitive)
             _PRIVATE["jets"][primitive] = functools.partial(_jet_of, meaning)
@@ -226,7 +239,13 @@ def _vmap_of(meaning, operands, axes, *, norm):
 def _jet_of(meaning, primals, series, *, norm):
     from jax.experimental import jet
 
-    return jet.jet(functools.partial(meaning, norm=norm), tuple(primals), tuple(series))
+    # A rule is given Taylor coefficients, and `jet` itself derivatives.
+    series = [[t * math.factorial(i) for i, t in enumerate(each, 1)] for each in series]
+    y, found = jet.jet(functools.partial(meaning, norm=norm), tuple(primals), series)
+    # A series stands for each result of `meaning`, or is the one itself.
+    several = [found] if not isinstance(y, tuple) else found
+    several = [[t / math.factorial(i) for i, t in enumerate(each, 1)] for each in several]
+    return y, several if isinstance(y, tuple) else several[0]
 
 
 def _callbacks(engine: Engine):

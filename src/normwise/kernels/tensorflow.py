@@ -235,6 +235,16 @@ def _calling_back(engine: Engine):
     return run
 
 
+def _run_composite(norm: Norm, x, operands: Operands):
+    import tensorflow as tf
+
+    exports = not tf.executing_eagerly() and _exports()
+    return (composite.run_for_inference if exports else composite.run)(norm, x, operands)
+
+
 library.open_first(_open)
 
-KERNELS = (kernel_of(cpu.ENGINE, _run_native), composite.COMPOSITE)
+KERNELS = (
+    kernel_of(cpu.ENGINE, _run_native),
+    dataclasses.replace(composite.COMPOSITE, run=_run_composite),
+)

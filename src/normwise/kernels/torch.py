@@ -6,6 +6,7 @@ every runtime knows.
 """
 
 import ctypes
+import dataclasses
 import functools
 import sys
 
@@ -299,6 +300,11 @@ def _share_threads(native):
             native.normwise_use_openmp(ctypes.cast(parallel, ctypes.c_void_p))
 
 
+def _run_composite(norm: Norm, x, operands: Operands):
+    differentiable = torch.is_grad_enabled()
+    return (composite.run if differentiable else composite.run_for_inference)(norm, x, operands)
+
+
 def _why_not_fused(norm: Norm, x) -> str | None:
     """Why torch's own fused norms are wrong for this one, or None."""
     geometry, operands = norm.geometry, norm.operands
@@ -361,5 +367,5 @@ KERNELS = (
         engine=False,
         since="torch's own fused norm, since {}",
     ),
-    composite.COMPOSITE,
+    dataclasses.replace(composite.COMPOSITE, run=_run_composite),
 )
