@@ -1,13 +1,15 @@
 """The activations that a kernel may fuse into a norm, each a value and not a function."""
 
 import functools
-import typing
 from collections.abc import Callable
+from typing import NamedTuple
 
 import keras
 
+from normwise.typing import Tensor
 
-class Activation(typing.NamedTuple):
+
+class Activation(NamedTuple):
     """An activation that kernels know.
 
     Args:
@@ -23,14 +25,14 @@ class Activation(typing.NamedTuple):
         """Its number in enum NormwiseActivation of csrc/normwise.h."""
         return NAMES.index(self.name)
 
-    def __call__(self, z):
+    def __call__(self, z: Tensor) -> Tensor:
         """Apply it to a tensor of Keras's backend."""
         if self.name == "leaky_relu" and self.slope:
             return keras.activations.leaky_relu(z, negative_slope=self.slope)
         return _FUNCTIONS[self.name](z)
 
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda z: z,
     "leaky_relu": keras.activations.relu,
     "sigmoid": keras.activations.sigmoid,
@@ -58,7 +60,7 @@ _KNOWN = {
 }
 
 
-def find(function: Callable | None) -> Activation | None:
+def find(function: Callable[..., Tensor] | None) -> Activation | None:
     """What kernels may fuse for a function of keras.activations, None if they do not know it.
 
     functools.partial with `negative_slope` of leaky_relu or `approximate` of gelu is known too.

@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, Self
 
 from normwise import kernels
 from normwise.kernels import Kernel
 from normwise.norm import Norm
+from normwise.typing import Tensor
 
 MODES = ("auto", "native", "composite")
 
@@ -27,17 +29,17 @@ class Choice:
     kernel: str
     reason: str
     against: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
-    run: Callable | None = dataclasses.field(default=None, compare=False, repr=False)
+    run: Any = dataclasses.field(default=None, compare=False, repr=False)
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = (*(f"{name}: no, {reason}" for name, reason in self.against), self._chosen())
         return "\n".join(lines)
 
-    def _chosen(self):
+    def _chosen(self) -> str:
         return f"{self.kernel}: yes" + ("" if self.against else f", {self.reason}")
 
 
-def _check_mode(mode, source: str) -> str:
+def _check_mode(mode: str, source: str) -> str:
     if mode not in MODES:
         raise ValueError(f"{source}={mode!r} names no kernels; use 'auto', 'native' or 'composite'")
     return mode
@@ -73,20 +75,20 @@ class use_kernels:  # noqa: N801 - used as a function, and in a with statement
     'composite'
     """
 
-    def __init__(self, mode: str):
+    def __init__(self, mode: str) -> None:
         global _mode
         self._before = _mode
         _mode = _check_mode(mode, "mode")
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         global _mode
         _mode = self._before
 
 
-def choose(norm: Norm, x=None) -> Choice:
+def choose(norm: Norm, x: Tensor | None = None) -> Choice:
     """Choose the kernel for one call on Keras's backend.
 
     Args:

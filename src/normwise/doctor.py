@@ -2,15 +2,23 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
+from typing import Any
 
 import keras
 
 from normwise import dispatch, geometry, kernels, ops
 from normwise.kernels import library
 from normwise.norm import SHARED, Norm, Operands, check_epsilon
+from normwise.typing import DType, Shape, Tensor
 
 
-def explain(what, shape, dtype=None, **options) -> dispatch.Choice:
+def explain(
+    what: keras.Layer | Callable[..., Tensor],
+    shape: Shape,
+    dtype: DType | None = None,
+    **options: Any,
+) -> dispatch.Choice:
     """Say which kernel will run, and why.
 
     Args:
@@ -39,7 +47,15 @@ def explain(what, shape, dtype=None, **options) -> dispatch.Choice:
     return dispatch.choose(_norm(what, shape, dtype, **options))
 
 
-def _norm(what, shape, dtype, *, epsilon=1e-3, learned_epsilon=None, **where) -> Norm:
+def _norm(
+    what: Any,
+    shape: Shape,
+    dtype: DType | None,
+    *,
+    epsilon: float = 1e-3,
+    learned_epsilon: Tensor | None = None,
+    **where: Any,
+) -> Norm:
     if isinstance(what, keras.layers.Layer) and hasattr(what, "geometry"):
         sets, epsilon, result = what.geometry(shape), what.epsilon, what.compute_dtype
         subtract_mean, learned = what.subtract_mean, what.learned_epsilon

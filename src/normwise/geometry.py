@@ -68,7 +68,7 @@ class Geometry:
     set_axes: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
     parameter_axes: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         outer, before, channels, after = (self._axes(part) for part in range(4))
         inside = before
         if "outer" not in self.per:
@@ -86,12 +86,13 @@ class Geometry:
         places = (0, *self.ends, len(order))
         return order[places[part] : places[part + 1]]
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         # Kept, as part of every Norm's, which is looked up by at every call.
-        if "_hash" not in self.__dict__:
+        kept = self.__dict__
+        if "_hash" not in kept:
             fields = (self.shape, self.ends, self.groups, self.per, self.permutation)
-            object.__setattr__(self, "_hash", hash(fields))
-        return self._hash
+            kept["_hash"] = hash(fields)
+        return kept["_hash"]
 
     def _extent(self, part: int) -> int | None:
         return _product(self.shape[axis] for axis in self._axes(part))
@@ -112,7 +113,7 @@ class Geometry:
         channels = self._extent(2)
         if self.groups == channels:
             return 1
-        return None if channels is None else channels // self.groups
+        return channels // self.groups if channels is not None and self.groups else None
 
     @property
     def after(self) -> int | None:
@@ -129,7 +130,7 @@ class Geometry:
         """Whether positions after the channels tell sets apart: layer norm over a middle axis."""
         return "after" in self.per
 
-    def statistics_shape(self, shape: Iterable) -> tuple:
+    def statistics_shape(self, shape: Iterable[Any]) -> tuple[Any, ...]:
         """The shape of the statistics of an input of `shape`: means, then 1 / standard deviations.
 
         It leads with the axes of outer, so that whoever splits a batch splits these alike.
@@ -141,10 +142,11 @@ class Geometry:
 
     def batched(self) -> "Geometry":
         """The same sets in an input with one more axis in front, which tells sets apart too."""
+        outer_end, before_end, channels_end = self.ends
         return dataclasses.replace(
             self,
             shape=(None, *self.shape),
-            ends=tuple(end + 1 for end in self.ends),
+            ends=(outer_end + 1, before_end + 1, channels_end + 1),
             per=self.per if "outer" in self.per else ("outer", *self.per),
             permutation=self.permutation and (0, *(axis + 1 for axis in self.permutation)),
         )

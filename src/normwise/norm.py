@@ -8,18 +8,19 @@ import dataclasses
 import functools
 import math
 import numbers
-import typing
+from typing import Any, NamedTuple
 
 import keras
 
 from normwise.activations import IDENTITY, Activation
 from normwise.geometry import Geometry
+from normwise.typing import DType, Shape, Tensor
 
 # How gamma or beta lies: one for all samples, of `geometry.parameter_shape`.
 SHARED = "shared"
 
 
-class Operands(typing.NamedTuple):
+class Operands(NamedTuple):
     """What comes with x: the tensors of a call, or in a Norm how each of them lies.
 
     Args:
@@ -28,10 +29,10 @@ class Operands(typing.NamedTuple):
         learned_epsilon: of shape () or (1,); its absolute value is added to epsilon; True.
     """
 
-    gamma: typing.Any = None
-    beta: typing.Any = None
-    mask: typing.Any = None
-    learned_epsilon: typing.Any = None
+    gamma: Any = None
+    beta: Any = None
+    mask: Any = None
+    learned_epsilon: Any = None
 
     def lie(self) -> "Operands":
         """How the tensors lie, each None where there is none."""
@@ -75,7 +76,7 @@ class Norm:
     arithmetic: str = dataclasses.field(init=False, repr=False, compare=False)
     dtype: str = dataclasses.field(init=False, repr=False, compare=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         arithmetic = "float64" if "float64" in (self.x_dtype, self.y_dtype) else "float32"
         object.__setattr__(self, "arithmetic", arithmetic)
         dtype = self.x_dtype if self.x_dtype == self.y_dtype else arithmetic
@@ -92,32 +93,33 @@ class Norm:
         """The same norm of another geometry."""
         return dataclasses.replace(self, geometry=geometry)
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         # Kept: every kernel looks something up by it, at every call.
-        if "_hash" not in self.__dict__:
+        kept = self.__dict__
+        if "_hash" not in kept:
             fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.compare]
-            object.__setattr__(self, "_hash", hash(tuple(fields)))
-        return self._hash
+            kept["_hash"] = hash(tuple(fields))
+        return kept["_hash"]
 
 
-def check_epsilon(epsilon) -> float:
+def check_epsilon(epsilon: Any) -> float:
     """Return `epsilon` as a float if it can be added to a variance."""
     remedy = "expected a number >= 0, as in epsilon=1e-3"
     # To be a float takes no abstract class to find out, which takes longer.
     if isinstance(epsilon, bool) or not isinstance(epsilon, (float, numbers.Real)):
         raise TypeError(f"epsilon={epsilon!r} is no number; {remedy}")
-    if not 0 <= epsilon < math.inf:
+    if not 0 <= float(epsilon) < math.inf:
         raise ValueError(f"epsilon={epsilon} cannot be added to a variance; {remedy}")
     return float(epsilon)
 
 
 @functools.cache
-def dtype_name(dtype) -> str:
+def dtype_name(dtype: DType) -> str:
     """Keras's name for a framework's dtype, which it takes Keras longer to find."""
     return keras.backend.standardize_dtype(dtype)
 
 
-def check_dtype(x) -> str:
+def check_dtype(x: Tensor) -> str:
     """Return the dtype of `x` if a norm is defined on its numbers."""
     dtype = dtype_name(x.dtype)
     if "complex" in dtype:
@@ -128,7 +130,7 @@ def check_dtype(x) -> str:
     return dtype
 
 
-def check_mask(geometry: Geometry, mask):
+def check_mask(geometry: Geometry, mask: Tensor) -> None:
     """Check that `mask` fits the input of a geometry."""
     shape = tuple(keras.ops.shape(mask))
     leading = tuple(
@@ -142,7 +144,7 @@ def check_mask(geometry: Geometry, mask):
         )
 
 
-def check_shapes(geometry: Geometry, operands: Operands):
+def check_shapes(geometry: Geometry, operands: Operands) -> None:
     """Check that the tensors that come with the input of a geometry fit it."""
     expected = geometry.parameter_shape
     for name in ("gamma", "beta"):
@@ -163,7 +165,7 @@ def check_shapes(geometry: Geometry, operands: Operands):
         )
 
 
-def _fits(shape, expected) -> bool:
+def _fits(shape: Shape, expected: Shape) -> bool:
     """Whether two shapes are equal as far as their extents are known."""
     return shape == expected or (
         len(shape) == len(expected)

@@ -15,10 +15,13 @@ infinity stays in its set. See docs/numerics.md for the bounds.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any, Self
 
 import keras
 
 from normwise import activations, dispatch, geometry, keras_private
+from normwise.geometry import Geometry
 from normwise.norm import (
     Norm,
     Operands,
@@ -27,22 +30,23 @@ from normwise.norm import (
     check_shapes,
     dtype_name,
 )
+from normwise.typing import Activation, Axis, DType, Shape, Tensor
 
 __all__ = ["filter_response_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
 
 def group_norm(
-    x,
-    gamma=None,
-    beta=None,
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
     *,
-    groups=32,
-    axis=-1,
-    epsilon=1e-3,
-    activation=None,
-    mask=None,
-    dtype=None,
-):
+    groups: int = 32,
+    axis: Axis = -1,
+    epsilon: float = 1e-3,
+    activation: Activation = None,
+    mask: Tensor | None = None,
+    dtype: DType | None = None,
+) -> Tensor:
     """Group norm: normalize each sample over groups of its channels.
 
         y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
@@ -82,8 +86,16 @@ def group_norm(
 
 
 def instance_norm(
-    x, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, activation=None, mask=None, dtype=None
-):
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-3,
+    activation: Activation = None,
+    mask: Tensor | None = None,
+    dtype: DType | None = None,
+) -> Tensor:
     """Instance norm: normalize each channel of each sample over its positions.
 
         y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
@@ -121,8 +133,16 @@ def instance_norm(
 
 
 def layer_norm(
-    x, gamma=None, beta=None, *, axis=-1, epsilon=1e-3, activation=None, mask=None, dtype=None
-):
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-3,
+    activation: Activation = None,
+    mask: Tensor | None = None,
+    dtype: DType | None = None,
+) -> Tensor:
     """Layer norm: normalize over the axes named, every other position by itself.
 
         y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
@@ -160,8 +180,16 @@ def layer_norm(
 
 
 def rms_norm(
-    x, gamma=None, beta=None, *, axis=-1, epsilon=1e-6, activation=None, mask=None, dtype=None
-):
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-6,
+    activation: Activation = None,
+    mask: Tensor | None = None,
+    dtype: DType | None = None,
+) -> Tensor:
     """RMS norm: divide by the root mean square over the axes named; no mean is subtracted.
 
         y = activation(gamma * x / sqrt(mean(x^2) + epsilon) + beta)
@@ -197,17 +225,17 @@ def rms_norm(
 
 
 def filter_response_norm(
-    x,
-    gamma=None,
-    beta=None,
+    x: Tensor,
+    gamma: Tensor | None = None,
+    beta: Tensor | None = None,
     *,
-    axis=geometry.SPATIAL,
-    epsilon=1e-6,
-    learned_epsilon=None,
-    activation=None,
-    mask=None,
-    dtype=None,
-):
+    axis: Axis = geometry.SPATIAL,
+    epsilon: float = 1e-6,
+    learned_epsilon: Tensor | None = None,
+    activation: Activation = None,
+    mask: Tensor | None = None,
+    dtype: DType | None = None,
+) -> Tensor:
     """Filter response norm: divide each channel of each sample by its root mean square.
 
         y = activation(gamma * x / sqrt(mean(x^2) + epsilon + |learned_epsilon|) + beta)
@@ -251,7 +279,7 @@ def filter_response_norm(
     return _call(FilterResponseNorm, *tensors, **options, dtype=dtype)
 
 
-def _call(operation, x, *operands, **options):
+def _call(operation: Any, x: Tensor, *operands: Tensor | None, **options: Any) -> Tensor:
     if any(isinstance(tensor, keras.KerasTensor) for tensor in (x, *operands)):
         return operation(**options)(x, *operands)
     return operation.compute(x, *operands, **options)
@@ -261,33 +289,42 @@ class _Operation(keras.Operation):
     """A norm as a node of a functional model: the options of its function, kept for saving."""
 
     subtract_mean = True
-    geometry = staticmethod(geometry.layer)
+    geometry: Callable[..., Geometry] = staticmethod(geometry.layer)
 
-    def __init__(self, *, name=None, **options):
+    def __init__(self, *, name: str | None = None, **options: Any) -> None:
         super().__init__(name=name)
         options["activation"] = keras.activations.get(options["activation"])
         self.options = options
 
-    def call(self, x, *operands):
+    def call(self, x: Tensor, *operands: Tensor | None) -> Tensor:
         return self.compute(x, *operands, **self.options)
 
-    def compute_output_spec(self, x, *operands):
+    def compute_output_spec(self, x: Tensor, *operands: Tensor | None) -> keras.KerasTensor:
         options = {**self.options, "activation": activations.IDENTITY}
         norm = self.norm(x, Operands(*operands), **options)
         check_shapes(norm.geometry, Operands(*operands))
         return keras.KerasTensor(x.shape, dtype=norm.y_dtype)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         activation = keras.activations.serialize(self.options["activation"])
         options = {**self.options, "activation": activation}
         return keras_private.saved_axes({"name": self.name, **options})
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> Self:
         return super().from_config(keras_private.restored_axes(config))
 
     @classmethod
-    def norm(cls, x, operands, *, epsilon, activation=activations.IDENTITY, dtype=None, **where):
+    def norm(
+        cls,
+        x: Tensor,
+        operands: Operands,
+        *,
+        epsilon: float,
+        activation: activations.Activation = activations.IDENTITY,
+        dtype: DType | None = None,
+        **where: Any,
+    ) -> Norm:
         """What a call is: the Norm of an `x`, with operands, one of activations, and options."""
         given = check_dtype(x)
         if dtype is None:
@@ -302,24 +339,34 @@ class _Operation(keras.Operation):
         return _norm(sets, given, dtype, epsilon, cls.subtract_mean, activation, operands.lie())
 
     @classmethod
-    def compute(cls, x, *operands, activation, **options):
+    def compute(
+        cls, x: Tensor, *operands: Tensor | None, activation: Activation, **options: Any
+    ) -> Tensor:
         """Say what the call is, choose a kernel for it and run it."""
         if type(x).__name__ == "RaggedTensor":
             return cls._compute_ragged(x, *operands, activation=activation, **options)
         x = keras.ops.convert_to_tensor(x, sparse=False)
         operands = Operands(*operands)
-        activation = keras.activations.get(activation)
-        fused = activations.find(activation)
+        function: Any = keras.activations.get(activation)
+        fused = activations.find(function)
         norm = cls.norm(x, operands, activation=fused or activations.IDENTITY, **options)
         operands = _tensors(operands, norm.arithmetic)
         check_shapes(norm.geometry, operands)
         if operands.mask is not None:
             operands = operands._replace(mask=_beside(x, operands.mask))
         y = dispatch.choose(norm, x).run(norm, x, operands)
-        return activation(y) if fused is None else y
+        return function(y) if fused is None else y
 
     @classmethod
-    def _compute_ragged(cls, x, *operands, epsilon, activation, dtype, **where):
+    def _compute_ragged(
+        cls,
+        x: Tensor,
+        *operands: Tensor | None,
+        epsilon: float,
+        activation: Activation,
+        dtype: DType | None,
+        **where: Any,
+    ) -> Tensor:
         """The norm of TensorFlow's RaggedTensor, whose inner axes are those of its flat values."""
         set_axes = cls.geometry(x.shape, **where).set_axes
         ragged = x.ragged_rank
@@ -329,7 +376,7 @@ class _Operation(keras.Operation):
                 f"{list(set_axes)}, or one with a mask, needs sets of known size; normalize over "
                 f"axes past {ragged}, or pass x.to_tensor() with a mask"
             )
-        options = {"epsilon": epsilon, "activation": activation, "dtype": dtype}
+        options: dict[str, Any] = {"epsilon": epsilon, "activation": activation, "dtype": dtype}
         axis = [axis - ragged for axis in set_axes]
         y = cls.compute(x.flat_values, *operands, axis=axis, **options)
         return x.with_flat_values(y)
@@ -347,7 +394,7 @@ class InstanceNorm(_Operation):
     """`instance_norm` as a node of a functional model."""
 
     @staticmethod
-    def geometry(shape, axis):
+    def geometry(shape: Shape, axis: Axis) -> Geometry:
         """The geometry of group norm with a group per channel."""
         return geometry.group(shape, axis, geometry.INSTANCE)
 
@@ -381,23 +428,23 @@ _OPERATIONS = {
 }
 
 
-def operation_of(function) -> type[_Operation]:
+def operation_of(function: Callable[..., Tensor]) -> type[_Operation]:
     """The operation behind one of this module's functions."""
     if function not in _OPERATIONS:
         raise TypeError(f"{function!r} is no norm; pass a function of normwise.ops, or a layer")
     return _OPERATIONS[function]
 
 
-def geometry_of(function, shape, **where) -> geometry.Geometry:
+def geometry_of(function: Callable[..., Tensor], shape: Shape, **where: Any) -> Geometry:
     """The geometry that one of this module's functions reads a shape by, given groups and axis."""
-    operation, defaults = operation_of(function), function.__kwdefaults__
+    operation, defaults = operation_of(function), function.__kwdefaults__ or {}
     defaults = {name: defaults[name] for name in ("axis", "groups") if name in defaults}
     return operation.geometry(shape, **{**defaults, **where})
 
 
 # Of a tiny norm's time, to make a Norm and its hash would be a good part.
 @functools.lru_cache(maxsize=1024)
-def _norm(*fields) -> Norm:
+def _norm(*fields: Any) -> Norm:
     return Norm(*fields)
 
 
@@ -412,13 +459,13 @@ def _tensors(operands: Operands, arithmetic: str) -> Operands:
     )
 
 
-def _beside(x, mask):
+def _beside(x: Tensor, mask: Tensor) -> Tensor:
     """The mask as bool and with as many axes as `x`, whose first ones it has."""
     trailing = (1,) * (len(x.shape) - len(mask.shape))
     return keras.ops.cast(keras.ops.reshape(mask, keras.ops.shape(mask) + trailing), "bool")
 
 
-def _parameter(value, dtype: str):
+def _parameter(value: Tensor, dtype: str) -> Tensor | None:
     """Gamma or beta as a tensor of this dtype, by a shorter way than Keras's where it is one."""
     if isinstance(value, keras.Variable):
         value = value.value
