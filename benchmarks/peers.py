@@ -158,10 +158,11 @@ def alone(layer, x, dy, dtype: str) -> dict[str, Callable[[], object]]:
     def call(engines_pass, *arrays):
         addresses = [array if array is None else array.ctypes.data for array in arrays]
         # The arrays as defaults, so that they live as long as the function.
-        return lambda arrays=arrays: engines_pass(norm, *addresses)
+        return lambda arrays=arrays: engines_pass(*addresses)
 
-    forward = call(cpu.forward, x, gamma, beta, y, statistics)
-    backward = call(cpu.backward, x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
+    plan = cpu.plan(norm)
+    forward = call(plan.forward, x, gamma, beta, y, statistics)
+    backward = call(plan.backward, x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
     return {"forward": forward, "forward+backward": lambda: (forward(), backward())}
 
 

@@ -45,6 +45,7 @@ class Geometry:
     Attributes:
         set_axes: axes of the input that lie wholly inside a set, ascending.
         parameter_axes: axes of the input that gamma and beta span, ascending.
+        parameter_shape: the shape of gamma and beta.
 
     Example:
 
@@ -67,6 +68,7 @@ class Geometry:
     # What follows, kept since every call asks for it.
     set_axes: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
     parameter_axes: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    parameter_shape: Shape = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         outer, before, channels, after = (self._axes(part) for part in range(4))
@@ -79,6 +81,7 @@ class Geometry:
             inside += after
         object.__setattr__(self, "set_axes", tuple(sorted(inside)))
         object.__setattr__(self, "parameter_axes", channels)
+        object.__setattr__(self, "parameter_shape", tuple(self.shape[axis] for axis in channels))
 
     def _axes(self, part: int) -> tuple[int, ...]:
         """The axes of outer, of before, of the channels or of after."""
@@ -150,11 +153,6 @@ class Geometry:
             per=self.per if "outer" in self.per else ("outer", *self.per),
             permutation=self.permutation and (0, *(axis + 1 for axis in self.permutation)),
         )
-
-    @property
-    def parameter_shape(self) -> Shape:
-        """The shape of gamma and beta."""
-        return tuple(self.shape[axis] for axis in self.parameter_axes)
 
     def broadcast_shape(self, extents: Iterable) -> tuple:
         """The shape under which gamma or beta, whose extents are given, broadcasts against x.

@@ -36,9 +36,13 @@ class Operands(NamedTuple):
 
     def lie(self) -> "Operands":
         """How the tensors lie, each None where there is none."""
-        gamma, beta, *others = self
-        parameters = (None if p is None else SHARED for p in (gamma, beta))
-        return Operands(*parameters, *(None if o is None else True for o in others))
+        gamma, beta, mask, learned_epsilon = self
+        return Operands(
+            None if gamma is None else SHARED,
+            None if beta is None else SHARED,
+            None if mask is None else True,
+            None if learned_epsilon is None else True,
+        )
 
 
 # x comes alone.
@@ -119,9 +123,9 @@ def dtype_name(dtype: DType) -> str:
     return keras.backend.standardize_dtype(dtype)
 
 
-def check_dtype(x: Tensor) -> str:
-    """Return the dtype of `x` if a norm is defined on its numbers."""
-    dtype = dtype_name(x.dtype)
+def check_dtype(dtype: DType) -> str:
+    """Return the name of an input's dtype if a norm is defined on its numbers."""
+    dtype = dtype_name(dtype)
     if "complex" in dtype:
         raise TypeError(
             f"x has dtype {dtype}, and no norm is defined on complex numbers; normalize its real "
@@ -147,17 +151,15 @@ def check_mask(geometry: Geometry, mask: Tensor) -> None:
 def check_shapes(geometry: Geometry, operands: Operands) -> None:
     """Check that the tensors that come with the input of a geometry fit it."""
     expected = geometry.parameter_shape
-    for name in ("gamma", "beta"):
-        parameter = getattr(operands, name)
-        shape = None if parameter is None else tuple(parameter.shape)
-        if shape is not None and not _fits(shape, expected):
+    gamma, beta, mask, learned_epsilon = operands
+    for name, parameter in (("gamma", gamma), ("beta", beta)):
+        if parameter is not None and not _fits(tuple(parameter.shape), expected):
             raise ValueError(
-                f"{name} has shape {shape}, but axis {list(geometry.parameter_axes)} of shape "
-                f"{geometry.shape} needs {expected}"
+                f"{name} has shape {tuple(parameter.shape)}, but axis "
+                f"{list(geometry.parameter_axes)} of shape {geometry.shape} needs {expected}"
             )
-    if operands.mask is not None:
-        check_mask(geometry, operands.mask)
-    learned_epsilon = operands.learned_epsilon
+    if mask is not None:
+        check_mask(geometry, mask)
     if learned_epsilon is not None and tuple(learned_epsilon.shape) not in ((), (1,)):
         raise ValueError(
             f"learned_epsilon has shape {tuple(learned_epsilon.shape)}, but it is one number for "

@@ -280,8 +280,9 @@ def filter_response_norm(
 
 
 def _call(operation: Any, x: Tensor, *operands: Tensor | None, **options: Any) -> Tensor:
-    if any(isinstance(tensor, keras.KerasTensor) for tensor in (x, *operands)):
-        return operation(**options)(x, *operands)
+    for tensor in (x, *operands):
+        if isinstance(tensor, keras.KerasTensor):
+            return operation(**options)(x, *operands)
     return operation.compute(x, *operands, **options)
 
 
@@ -326,17 +327,13 @@ class _Operation(keras.Operation):
         **where: Any,
     ) -> Norm:
         """What a call is: the Norm of an `x`, with operands, one of activations, and options."""
-        given = check_dtype(x)
-        if dtype is None:
-            dtype = given if "float" in given else keras.config.floatx()
-        dtype = dtype_name(dtype)
-        if "float" not in dtype:
-            raise ValueError(
-                f"dtype={dtype} cannot hold a normalized value; use a float dtype, as "
-                "dtype='float32'"
-            )
-        sets, epsilon = cls.geometry(x.shape, **where), check_epsilon(epsilon)
-        return _norm(sets, given, dtype, epsilon, cls.subtract_mean, activation, operands.lie())
+        key: tuple[Any, ...] = (cls, x.shape, x.dtype, operands.lie(), epsilon, activation, dtype)
+        try:
+            return _norm_of(*key, **where)
+        except (TypeError, ValueError):
+            # What cannot be looked up: a list of axes, an extent that is unknown or a symbol,
+            # integers, whose result has the dtype in force; or indeed a wrong option.
+            return _norm_of.__wrapped__(*key, floatx=keras.config.floatx(), **where)
 
     @classmethod
     def compute(
@@ -443,9 +440,31 @@ def geometry_of(function: Callable[..., Tensor], shape: Shape, **where: Any) -> 
 
 
 # Of a tiny norm's time, to make a Norm and its hash would be a good part.
-@functools.lru_cache(maxsize=1024)
-def _norm(*fields: Any) -> Norm:
-    return Norm(*fields)
+@functools.lru_cache(maxsize=1024, typed=True)
+def _norm_of(
+    operation: type[_Operation],
+    shape: Shape,
+    given: DType,
+    lie: Operands,
+    epsilon: float,
+    activation: activations.Activation,
+    dtype: DType | None,
+    floatx: str | None = None,
+    **where: Any,
+) -> Norm:
+    """The Norm of an operation's call, with the errors that its options raise."""
+    given = check_dtype(given)
+    if dtype is None:
+        dtype = given if "float" in given else floatx
+        if dtype is None:
+            raise TypeError("floatx may change from call to call")
+    dtype = dtype_name(dtype)
+    if "float" not in dtype:
+        raise ValueError(
+            f"dtype={dtype} cannot hold a normalized value; use a float dtype, as dtype='float32'"
+        )
+    sets, epsilon = operation.geometry(shape, **where), check_epsilon(epsilon)
+    return Norm(sets, given, dtype, epsilon, operation.subtract_mean, activation, lie)
 
 
 def _tensors(operands: Operands, arithmetic: str) -> Operands:

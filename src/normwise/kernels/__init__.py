@@ -25,11 +25,15 @@ from normwise.kernels.kernel import Engine, Kernel
 __all__ = ["Engine", "Kernel", "add", "listed", "remove"]
 
 _added: tuple[Kernel, ...] = ()
+_listed: tuple[Kernel, ...] = ()
 
 
 def listed() -> tuple[Kernel, ...]:
     """The kernels of Keras's backend, in the order in which they are asked."""
-    return _added + _own()
+    global _listed
+    if not _listed:
+        _listed = _added + _own()
+    return _listed
 
 
 def add(engine: Engine):
@@ -41,7 +45,7 @@ def add(engine: Engine):
     Raises:
         ValueError: there is a kernel of that name already, or the backend takes no engine.
     """
-    global _added
+    global _added, _listed
     backend = keras.backend.backend()
     if engine.name in [kernel.name for kernel in listed()]:
         raise ValueError(
@@ -51,7 +55,7 @@ def add(engine: Engine):
     module = _module(backend)
     if module is None:
         raise ValueError(f"Keras's backend {backend} takes no engine; use tensorflow, jax or torch")
-    _added = (module.kernel_of(engine), *_added)
+    _added, _listed = (module.kernel_of(engine), *_added), ()
 
 
 def remove(name: str):
@@ -60,11 +64,11 @@ def remove(name: str):
     Raises:
         ValueError: there is none of that name.
     """
-    global _added
+    global _added, _listed
     names = [kernel.name for kernel in _added]
     if name not in names:
         raise ValueError(f"engine {name!r} was not added; those that were are {names}")
-    _added = tuple(kernel for kernel in _added if kernel.name != name)
+    _added, _listed = tuple(kernel for kernel in _added if kernel.name != name), ()
 
 
 @functools.cache

@@ -81,7 +81,7 @@ def norm_of(description: bytes, shape, dtype: str, operands: Operands) -> Norm:
 
 
 class _Plan:
-    """A norm of one shape as the library reads it, and its two functions."""
+    """A norm of one shape as the library reads it, and its two passes on addresses."""
 
     def __init__(self, norm: Norm):
         self.description = describe(norm)
@@ -91,10 +91,27 @@ class _Plan:
         size, extents = _OPERANDS.size, ctypes.addressof(self.extents)
         self.head = (size, extents, len(shape), DTYPES[norm.dtype])
         native = library.load()
-        self.forward, self.backward = native.normwise_forward, native.normwise_backward
+        self.native_forward, self.native_backward = (
+            native.normwise_forward,
+            native.normwise_backward,
+        )
+
+    def forward(self, x, gamma, beta, y, statistics):
+        """Engine.forward of this norm."""
+        tensors = (x, gamma or 0, beta or 0, y, statistics, 0, 0, 0, 0)
+        operands = _OPERANDS.pack(*self.head, most_threads(), 0, *tensors)
+        if status := self.native_forward(self.address, operands):
+            _fail(status)
+
+    def backward(self, x, gamma, beta, statistics, dy, dx, dgamma, dbeta):
+        """Engine.backward of this norm."""
+        tensors = (x, gamma or 0, beta or 0, 0, statistics, dy, dx, dgamma or 0, dbeta or 0)
+        operands = _OPERANDS.pack(*self.head, most_threads(), 0, *tensors)
+        if status := self.native_backward(self.address, operands):
+            _fail(status)
 
 
-_plan = functools.lru_cache(maxsize=1024)(_Plan)
+plan = functools.lru_cache(maxsize=1024)(_Plan)
 
 
 def most_threads() -> int:
@@ -102,30 +119,15 @@ def most_threads() -> int:
     return 0
 
 
-def forward(norm, x, gamma, beta, y, statistics):
-    """Engine.forward on addresses."""
-    plan = _plan(norm)
-    operands = _OPERANDS.pack(
-        *plan.head, most_threads(), 0, x, gamma or 0, beta or 0, y, statistics, 0, 0, 0, 0
-    )
-    if status := plan.forward(plan.address, operands):
-        _fail(status)
-
-
-def backward(norm, x, gamma, beta, statistics, dy, dx, dgamma, dbeta):
-    """Engine.backward on addresses."""
-    plan = _plan(norm)
-    operands = _OPERANDS.pack(
-        *plan.head, most_threads(), 0, x, gamma or 0, beta or 0, 0, statistics, dy, dx,
-        dgamma or 0, dbeta or 0,
-    )  # fmt: skip
-    if status := plan.backward(plan.address, operands):
-        _fail(status)
-
-
 def _fail(status: int):
     message = library.load().normwise_message().decode()
     raise (ValueError if status == _INVALID else MemoryError)(f"the native kernels: {message}")
 
 
-ENGINE = Engine("native", why_not, forward, backward)
+ENGINE = Engine(
+    "native",
+    why_not,
+    lambda norm, *addresses: plan(norm).forward(*addresses),
+    lambda norm, *addresses: plan(norm).backward(*addresses),
+    plan=plan,
+)

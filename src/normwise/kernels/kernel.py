@@ -44,9 +44,12 @@ class Engine:
         name: as `normwise.explain` says it.
         why_not: called with a Norm; says why the engine cannot calculate it anywhere, or None.
         forward, backward: the passes. Buffers are NumPy arrays, bfloat16 ones of ml_dtypes.
+        plan: None, or what gives for a Norm an object whose `forward` and `backward` are the same
+            without it; then the buffers are addresses.
     """
 
     name: str
     why_not: Callable
     forward: Callable
     backward: Callable
+    plan: Callable | None = None

@@ -29,19 +29,14 @@ _LACKS = private.missing(private.TORCH)
 _interpreter, _, _modes = (private.find(name.path) for name in private.TORCH.values())
 
 
-def kernel_of(engine: Engine, buffer=None) -> Kernel:
-    """A kernel of an engine for tensors of the CPU, differentiable to any order.
-
-    Args:
-        engine: its passes and what it can do.
-        buffer: makes of a tensor what the passes are called with, by default a NumPy array.
-    """
+def kernel_of(engine: Engine) -> Kernel:
+    """A kernel of an engine for tensors of the CPU, differentiable to any order."""
 
     def why_not(norm, x):
         return engine.why_not(norm) or _why_not_here(x)
 
     def run(norm, x, operands):
-        return _run(engine, buffer or _array, norm, x, operands)
+        return _run(engine, norm, x, operands)
 
     return Kernel(engine.name, why_not, run)
 
@@ -73,11 +68,10 @@ def _is_recorded() -> bool:
     return get_proxy_mode() is not None
 
 
-def _run(engine: Engine, buffer, norm: Norm, x, operands: Operands):
+def _run(engine: Engine, norm: Norm, x, operands: Operands):
     y_dtype = norm.y_dtype
-    if norm.x_dtype != norm.dtype:
-        x = x.to(getattr(torch, norm.dtype))
-    norm = norm.uniform
+    if norm.x_dtype != y_dtype:
+        x, norm = x.to(getattr(torch, norm.dtype)), norm.uniform
     if x.device.type == "meta":
         return torch.empty_like(x, dtype=getattr(torch, y_dtype))
     # Then the memory is taken as it lies, in the order of its axes: no element is copied.
@@ -86,8 +80,12 @@ def _run(engine: Engine, buffer, norm: Norm, x, operands: Operands):
         x, norm = x.movedim(1, -1), _moved(norm)
     x = _plain(x)
     gamma, beta = _beside(x, "gamma", operands.gamma), _beside(x, "beta", operands.beta)
-    call = _call(engine, buffer, norm)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gamma, beta)):
+    call = _call(engine, norm)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (gamma is not None and gamma.requires_grad)
+        or (beta is not None and beta.requires_grad)
+    ):
         y = _Function.apply(x, gamma, beta, call)
     else:
         y, _ = call.forward(x, gamma, beta)
@@ -99,8 +97,15 @@ def _run(engine: Engine, buffer, norm: Norm, x, operands: Operands):
 class _Call:
     """A norm of one shape on one engine: its passes on tensors."""
 
-    def __init__(self, engine: Engine, buffer, norm: Norm):
-        self.engine, self.buffer, self.norm = engine, buffer, norm
+    def __init__(self, engine: Engine, norm: Norm):
+        self.norm = norm
+        if engine.plan is None:
+            self.buffer = _array
+            self.on_buffers = functools.partial(engine.forward, norm)
+            self.back_on_buffers = functools.partial(engine.backward, norm)
+        else:
+            self.buffer, plan = _address, engine.plan(norm)
+            self.on_buffers, self.back_on_buffers = plan.forward, plan.backward
         self.arithmetic = getattr(torch, norm.arithmetic)
         self.statistics_shape = norm.geometry.statistics_shape(norm.geometry.shape)
 
@@ -113,7 +118,7 @@ class _Call:
         y = torch.empty_like(x)
         # Where x is: the default device may be another one.
         statistics = torch.empty(self.statistics_shape, dtype=self.arithmetic, device=x.device)
-        self.engine.forward(self.norm, *map(self.buffer, (x, gamma, beta, y, statistics)))
+        self.on_buffers(*map(self.buffer, (x, gamma, beta, y, statistics)))
         return y, statistics
 
     def backward(self, x, gamma, beta, dy, statistics, needs):
@@ -125,7 +130,7 @@ class _Call:
         dgamma = torch.empty_like(gamma) if needs[1] else None
         dbeta = torch.empty_like(beta) if needs[2] else None
         tensors = (x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
-        self.engine.backward(self.norm, *map(self.buffer, tensors))
+        self.back_on_buffers(*map(self.buffer, tensors))
         return dx if needs[0] else None, dgamma, dbeta
 
 
@@ -144,7 +149,12 @@ class _Function(torch.autograd.Function):
     def backward(ctx, dy):
         x, gamma, beta, statistics = ctx.saved_tensors
         call, needs = ctx.call, ctx.needs_input_grad[:3]
-        if forward_ad._current_level >= 0 or not _has_memory(dy):
+        try:
+            dy.data_ptr()
+            seen = forward_ad._current_level >= 0
+        except RuntimeError:  # many in one, of vmap or is_grads_batched, which have no address
+            seen = True
+        if seen:
             return *_seen_backward(call.norm, x, gamma, beta, dy, needs), None
         # An autograd function costs as much as a small norm, and only a graph of the gradients
         # needs this one.
@@ -218,15 +228,6 @@ def _variable(tensor):
     return tensor.view_as(tensor)
 
 
-def _has_memory(tensor) -> bool:
-    """Whether a tensor has an address; the many in one of vmap and is_grads_batched have none."""
-    try:
-        tensor.data_ptr()
-    except RuntimeError:
-        return False
-    return True
-
-
 def _plain(tensor):
     """The tensor in one piece, with memory that holds its values.
 
@@ -288,7 +289,7 @@ def _native() -> Kernel:
     """The library's kernel, on the threads that torch's own functions run on."""
     cpu.most_threads = lambda: torch.get_num_threads()
     library.after_loading(_share_threads)
-    return kernel_of(cpu.ENGINE, _address)
+    return kernel_of(cpu.ENGINE)
 
 
 def _share_threads(native):

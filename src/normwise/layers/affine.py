@@ -142,7 +142,7 @@ class Affine(Parametric):
         self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any
     ) -> keras.KerasTensor:
         """A symbol of the result, with the errors that a call would raise."""
-        check_dtype(inputs)
+        check_dtype(inputs.dtype)
         if mask is not None:
             check_mask(self.geometry(inputs.shape), mask)
         return super().compute_output_spec(inputs, **kwargs)

@@ -117,7 +117,7 @@ class LayerNormalization(_OverAxes):
         found = self.geometry(inputs.shape)
         axis = found.set_axes[-1]
         further = [(0, int(each == axis)) for each in range(len(inputs.shape))]
-        wide = keras.backend.result_type(check_dtype(inputs), "float32")
+        wide = keras.backend.result_type(check_dtype(inputs.dtype), "float32")
         x = keras.ops.cast(inputs, wide)
         keep = keras.ops.ones_like(x, "bool")
         if mask is not None:

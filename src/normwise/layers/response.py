@@ -201,7 +201,7 @@ class TLU(Parametric):
 
     def call(self, inputs: Tensor) -> Tensor:
         """The larger of `inputs` and the threshold."""
-        wide = "float64" in (check_dtype(inputs), self.compute_dtype)
+        wide = "float64" in (check_dtype(inputs.dtype), self.compute_dtype)
         arithmetic = "float64" if wide else "float32"
         x = keras.ops.cast(inputs, arithmetic)
         threshold = keras.ops.cast(self.tau, arithmetic)
