@@ -335,8 +335,9 @@ def _fused(norm: Norm, x, operands: Operands):
     if "groups" in geometry.per:
         return _fused_group_norm(x, gamma, beta, geometry, norm.epsilon)
     functional = torch.nn.functional
-    # Of x itself: where a program is exported, an extent may be a symbol.
-    shape = [x.shape[axis] for axis in geometry.parameter_axes]
+    # Where a program is exported an extent may be a symbol, which x has.
+    known = zip(geometry.parameter_axes, geometry.parameter_shape, strict=True)
+    shape = [x.shape[axis] if extent is None else extent for axis, extent in known]
     if norm.subtract_mean:
         return functional.layer_norm(x, shape, gamma, beta, norm.epsilon)
     if torch.jit.is_tracing():
