@@ -101,8 +101,8 @@ class _Call:
         self.norm = norm
         if engine.plan is None:
             self.buffer = _array
-            self.on_buffers = functools.partial(engine.forward, norm)
-            self.back_on_buffers = functools.partial(engine.backward, norm)
+            self.on_buffers = lambda *arrays: engine.forward(norm, *arrays)
+            self.back_on_buffers = lambda *arrays: engine.backward(norm, *arrays)
         else:
             self.buffer, plan = _address, engine.plan(norm)
             self.on_buffers, self.back_on_buffers = plan.forward, plan.backward
