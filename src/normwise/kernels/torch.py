@@ -110,7 +110,7 @@ class _Call:
         self.statistics_shape = norm.geometry.statistics_shape(norm.geometry.shape)
 
     def forward(self, x, gamma, beta):
-        """Y and the statistics."""
+        """The result, and the statistics that the backward pass needs."""
         if _modes():
             # A mode sees torch's own functions only. What is saved for the backward pass is the
             # same as without one, since a checkpoint may be taken under a mode and resumed without.
