@@ -34,11 +34,12 @@ _OPERANDS = struct.Struct("QQiiii9Q")
 
 def why_not(norm: Norm) -> str | None:
     """Why the library cannot calculate this norm anywhere, or None."""
-    if norm.operands.mask:
+    gamma, beta, mask, learned_epsilon = norm.operands
+    if mask:
         return "the native kernels take no mask"
-    if norm.operands.learned_epsilon:
+    if learned_epsilon:
         return "the native kernels take no learned epsilon"
-    if {norm.operands.gamma, norm.operands.beta} - {None, SHARED}:
+    if gamma not in (None, SHARED) or beta not in (None, SHARED):
         return "the native kernels take one gamma and one beta for all samples"
     if library.missing() is not None:
         return library.missing()

@@ -47,7 +47,7 @@ def _why_not_here(x) -> str | None:
         x = keras.ops.zeros((1,))
     if _LACKS is not None:
         return _LACKS
-    if x.device.type not in ("cpu", "meta"):
+    if not (x.is_cpu or x.is_meta):
         return f"the native kernels run on the CPU, and x is on {x.device}"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "this call is traced, by torch.compile or for an export"
@@ -72,7 +72,7 @@ def _run(engine: Engine, norm: Norm, x, operands: Operands):
     y_dtype = norm.y_dtype
     if norm.x_dtype != y_dtype:
         x, norm = x.to(getattr(torch, norm.dtype)), norm.uniform
-    if x.device.type == "meta":
+    if x.is_meta:
         return torch.empty_like(x, dtype=getattr(torch, y_dtype))
     # Then the memory is taken as it lies, in the order of its axes: no element is copied.
     moved = not x.is_contiguous() and norm.geometry.parameter_axes == (1,) and _is_channels_last(x)
@@ -100,11 +100,11 @@ class _Call:
     def __init__(self, engine: Engine, norm: Norm):
         self.norm = norm
         if engine.plan is None:
-            self.buffer = _array
+            self.buffers = _arrays
             self.on_buffers = lambda *arrays: engine.forward(norm, *arrays)
             self.back_on_buffers = lambda *arrays: engine.backward(norm, *arrays)
         else:
-            self.buffer, plan = _address, engine.plan(norm)
+            self.buffers, plan = _addresses, engine.plan(norm)
             self.on_buffers, self.back_on_buffers = plan.forward, plan.backward
         self.arithmetic = getattr(torch, norm.arithmetic)
         self.statistics_shape = norm.geometry.statistics_shape(norm.geometry.shape)
@@ -118,7 +118,7 @@ class _Call:
         y = torch.empty_like(x)
         # Where x is: the default device may be another one.
         statistics = torch.empty(self.statistics_shape, dtype=self.arithmetic, device=x.device)
-        self.on_buffers(*map(self.buffer, (x, gamma, beta, y, statistics)))
+        self.on_buffers(*self.buffers(x, gamma, beta, y, statistics))
         return y, statistics
 
     def backward(self, x, gamma, beta, dy, statistics, needs):
@@ -129,8 +129,8 @@ class _Call:
         dx = torch.empty_like(x)
         dgamma = torch.empty_like(gamma) if needs[1] else None
         dbeta = torch.empty_like(beta) if needs[2] else None
-        tensors = (x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
-        self.back_on_buffers(*map(self.buffer, tensors))
+        buffers = self.buffers(x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
+        self.back_on_buffers(*buffers)
         return dx if needs[0] else None, dgamma, dbeta
 
 
@@ -281,13 +281,17 @@ def _array(tensor):
     return tensor.numpy()
 
 
-def _address(tensor):
-    return None if tensor is None else tensor.data_ptr()
+def _arrays(*tensors):
+    return map(_array, tensors)
+
+
+def _addresses(*tensors):
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _native() -> Kernel:
     """The library's kernel, on the threads that torch's own functions run on."""
-    cpu.most_threads = lambda: torch.get_num_threads()
+    cpu.most_threads = torch.get_num_threads
     library.after_loading(_share_threads)
     return kernel_of(cpu.ENGINE)
 
