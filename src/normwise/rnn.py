@@ -8,6 +8,7 @@ import keras
 from keras import constraints, initializers, regularizers
 
 from normwise.layers import LayerNormalization
+from normwise.layers.affine import KINDS, given
 from normwise.typing import Activation, Constraint, Initializer, Regularizer, Shape, Tensor
 
 __all__ = ["LayerNormLSTMCell", "LayerNormSimpleRNNCell"]
@@ -92,26 +93,9 @@ class LayerNormLSTMCell(keras.layers.LSTMCell):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(
-            _check_units(units),
-            activation=activation,
-            recurrent_activation=recurrent_activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            unit_forget_bias=unit_forget_bias,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=_check_rate("dropout", dropout),
-            recurrent_dropout=_check_rate("recurrent_dropout", recurrent_dropout),
-            seed=seed,
-            **_without_leftovers(kwargs),
-        )
+        options = given(locals())
+        own = ("norm_gamma_initializer", "norm_beta_initializer", "norm_epsilon")
+        super().__init__(**_of_keras(options, own))
         self.norm_gamma_initializer = initializers.get(norm_gamma_initializer)
         self.norm_beta_initializer = initializers.get(norm_beta_initializer)
         self.kernel_norm = self._norm("kernel_norm", norm_epsilon)
@@ -241,24 +225,9 @@ class LayerNormSimpleRNNCell(keras.layers.SimpleRNNCell):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(
-            _check_units(units),
-            activation=activation,
-            use_bias=use_bias,
-            kernel_initializer=kernel_initializer,
-            recurrent_initializer=recurrent_initializer,
-            bias_initializer=bias_initializer,
-            kernel_regularizer=kernel_regularizer,
-            recurrent_regularizer=recurrent_regularizer,
-            bias_regularizer=bias_regularizer,
-            kernel_constraint=kernel_constraint,
-            recurrent_constraint=recurrent_constraint,
-            bias_constraint=bias_constraint,
-            dropout=_check_rate("dropout", dropout),
-            recurrent_dropout=_check_rate("recurrent_dropout", recurrent_dropout),
-            seed=seed,
-            **_without_leftovers(kwargs),
-        )
+        options = given(locals())
+        own = ("layernorm_epsilon", *(f"gamma_{kind}" for kind in KINDS))
+        super().__init__(**_of_keras(options, own))
         self.layernorm = LayerNormalization(
             epsilon=layernorm_epsilon,
             center=False,
@@ -312,10 +281,17 @@ def _first(masks: Any) -> Tensor | None:
     return masks[0] if isinstance(masks, list | tuple) else masks
 
 
-def _without_leftovers(kwargs: dict) -> dict:
-    """Arguments without those of Keras 2 that only said how it was to compute the same."""
-    leftovers = ("implementation", "enable_caching_device")
-    return {name: value for name, value in kwargs.items() if name not in leftovers}
+def _of_keras(options: dict[str, Any], own: Sequence[str]) -> dict[str, Any]:
+    """The arguments that Keras's cell takes, checked, without those that are a cell's `own`.
+
+    Nor does it take those of Keras 2 that only said how to compute the same.
+    """
+    dropped = (*own, "implementation", "enable_caching_device")
+    options = {name: value for name, value in options.items() if name not in dropped}
+    options["units"] = _check_units(options["units"])
+    for name in ("dropout", "recurrent_dropout"):
+        options[name] = _check_rate(name, options[name])
+    return options
 
 
 def _check_units(units: Any) -> int:

@@ -1,7 +1,7 @@
 """What the layers of the family have: weights, an activation, and a config."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import keras
@@ -117,6 +117,14 @@ class Affine(Parametric):
     def geometry(self, input_shape: Shape) -> Geometry:
         """Which elements of an input of this shape share their statistics."""
         raise NotImplementedError
+
+    def _normalized(
+        self, norm: Callable[..., Tensor], inputs: Tensor, mask: Tensor | None, **options: Any
+    ) -> Tensor:
+        """The result of one of `ops` with the layer's weights and arguments."""
+        options = {"gamma": self.gamma, "beta": self.beta, "axis": self.axis, **options}
+        options |= {"epsilon": self.epsilon, "activation": self.activation}
+        return norm(inputs, mask=mask, dtype=self.compute_dtype, **options)
 
     def build(self, input_shape: Shape) -> None:
         """Create the weights for inputs of this shape."""

@@ -92,17 +92,7 @@ class GroupNormalization(Affine):
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        return ops.group_norm(
-            inputs,
-            self.gamma,
-            self.beta,
-            groups=self.groups,
-            axis=self.axis,
-            epsilon=self.epsilon,
-            activation=self.activation,
-            mask=mask,
-            dtype=self.compute_dtype,
-        )
+        return self._normalized(ops.group_norm, inputs, mask, groups=self.groups)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""

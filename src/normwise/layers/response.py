@@ -117,17 +117,9 @@ class FilterResponseNormalization(Affine):
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        return ops.filter_response_norm(
-            inputs,
-            keras.ops.reshape(self.gamma, (-1,)),
-            keras.ops.reshape(self.beta, (-1,)),
-            axis=self.axis,
-            epsilon=self.epsilon,
-            learned_epsilon=self.eps_learned,
-            activation=self.activation,
-            mask=mask,
-            dtype=self.compute_dtype,
-        )
+        flat = {name: keras.ops.reshape(getattr(self, name), (-1,)) for name in ("gamma", "beta")}
+        options = {**flat, "learned_epsilon": self.eps_learned}
+        return self._normalized(ops.filter_response_norm, inputs, mask, **options)
 
 
 @keras.saving.register_keras_serializable("normwise")
