@@ -78,9 +78,9 @@ void fill_zeros(void* to, int64_t elements, const Norm& norm) {
   if (to != nullptr) std::memset(to, 0, size_t(elements) * bytes);
 }
 
-// Ask for huge pages under a large result, which the framework mostly has fresh from the system: 33
-// MB in pages of 4 KB take 8 ms to fault in, three times as long as a norm, and in huge ones 1.
-// NumPy asks for its arrays alike.
+// Ask for huge pages under a large result, which the framework mostly has fresh from the system:
+// to fault it in by small pages takes longer than the norm (docs/kernels.md, Memory). NumPy asks
+// for its arrays alike.
 void advise_huge_pages(void* result, int64_t bytes) {
 #if defined(__linux__)
   constexpr int64_t kLeast = 4 << 20, kPage = 4096;
