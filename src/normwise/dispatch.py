@@ -32,11 +32,8 @@ class Choice:
     run: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        lines = (*(f"{name}: no, {reason}" for name, reason in self.against), self._chosen())
-        return "\n".join(lines)
-
-    def _chosen(self) -> str:
-        return f"{self.kernel}: yes" + ("" if self.against else f", {self.reason}")
+        chosen = f"{self.kernel}: yes" + ("" if self.against else f", {self.reason}")
+        return "\n".join((*(f"{name}: no, {reason}" for name, reason in self.against), chosen))
 
 
 def _check_mode(mode: str, source: str) -> str:

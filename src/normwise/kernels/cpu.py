@@ -92,10 +92,8 @@ class _Plan:
         size, extents = _OPERANDS.size, ctypes.addressof(self.extents)
         self.head = (size, extents, len(shape), DTYPES[norm.dtype])
         native = library.load()
-        self.native_forward, self.native_backward = (
-            native.normwise_forward,
-            native.normwise_backward,
-        )
+        self.native_forward = native.normwise_forward
+        self.native_backward = native.normwise_backward
 
     def forward(self, x, gamma, beta, y, statistics):
         """Engine.forward of this norm."""

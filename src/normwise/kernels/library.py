@@ -44,18 +44,9 @@ def missing() -> str | None:
     )
 
 
-_open_first: list[Callable[[str], object]] = []
-_after_loading: list[Callable[[ctypes.CDLL], object]] = []
-
-
-def open_first(opener: Callable[[str], object]):
-    """Have a framework open the library, given its file, before anyone else does."""
-    _open_first.append(opener)
-
-
-def after_loading(change: Callable[[ctypes.CDLL], object]):
-    """Have a framework change how the library runs, once it is loaded."""
-    _after_loading.append(change)
+# What a framework has done before anyone else opens the library's file, and once it is loaded.
+open_first: list[Callable[[str], object]] = []
+after_loading: list[Callable[[ctypes.CDLL], object]] = []
 
 
 @functools.cache
@@ -64,7 +55,7 @@ def load() -> ctypes.CDLL:
     environment.check()
     # The module of Keras's backend says how, when it is imported.
     importlib.import_module("normwise.kernels").listed()
-    for opener in _open_first:
+    for opener in open_first:
         opener(str(path()))
     library = ctypes.CDLL(str(path()))
     for function in (library.normwise_forward, library.normwise_backward):
@@ -75,7 +66,7 @@ def load() -> ctypes.CDLL:
     library.normwise_instructions.restype = ctypes.c_char_p
     library.normwise_use_openmp.argtypes = [ctypes.c_void_p]
     library.normwise_use_openmp.restype = None
-    for change in _after_loading:
+    for change in after_loading:
         change(library)
     return library
 

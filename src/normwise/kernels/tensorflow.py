@@ -11,6 +11,7 @@ import threading
 import traceback
 
 import numpy as np
+import tensorflow as tf
 
 from normwise.kernels import composite, cpu, library, private
 from normwise.kernels.kernel import Engine, Kernel
@@ -40,8 +41,6 @@ def kernel_of(engine: Engine, run=None) -> Kernel:
         return engine.why_not(norm) or _why_not_here(x)
 
     def cast_and_run(norm, x, operands):
-        import tensorflow as tf
-
         if norm.x_dtype != norm.dtype:
             x = tf.cast(x, norm.dtype)
         y = run(norm.uniform, x, operands)
@@ -57,8 +56,6 @@ def _why_not_here(x) -> str | None:
     tf.function that was called by itself fails inside another one that XLA compiles, and a concrete
     function of it, saved, loads only beside normwise: trace such a one with the composite.
     """
-    import tensorflow as tf
-
     if sys.platform == "win32":
         return "TensorFlow for Windows hides the C API that the native ops are registered with"
     # A tensor of a graph knows its device only where the program named one.
@@ -78,8 +75,6 @@ def _why_not_here(x) -> str | None:
 
 @functools.cache
 def _has_accelerator() -> bool:
-    import tensorflow as tf
-
     return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
 
 
@@ -129,9 +124,8 @@ def _native():
 @functools.cache
 def _load():
     library.load()
-    ops = _opened[0]
-    import tensorflow as tf
-
+    # Opened before, as below: TensorFlow hands out the same module again.
+    ops = tf.load_op_library(str(library.path()))
     if not hasattr(ops, "normwise_backward"):
         raise RuntimeError(
             f"{library.path()} gave TensorFlow {tf.__version__} no ops: either it was loaded "
@@ -141,15 +135,6 @@ def _load():
     tf.RegisterGradient("NormwiseForward")(_forward_gradient)
     tf.RegisterGradient("NormwiseBackward")(_backward_gradient)
     return ops
-
-
-_opened = []
-
-
-def _open(file: str):
-    import tensorflow as tf
-
-    _opened.append(tf.load_op_library(file))
 
 
 def _forward_gradient(op, dy, _):
@@ -169,8 +154,6 @@ def _backward_gradient(op, *cotangents):
 
 def _second(norm: Norm, x, gamma, beta, dy, cotangents):
     """The gradients of the backward pass by x, gamma, beta and dy, through the composite."""
-    import tensorflow as tf
-
     present = [True, *_present((gamma, beta))]
     inputs = [t if there else None for t, there in zip((x, gamma, beta), present, strict=True)]
     given = [t for t in inputs if t is not None]
@@ -188,7 +171,6 @@ def _second(norm: Norm, x, gamma, beta, dy, cotangents):
 
 def _calling_back(engine: Engine):
     """The `run` of an engine that takes NumPy arrays, as calls from TensorFlow back to Python."""
-    import tensorflow as tf
 
     def call(engines_pass, norm, operands, results):
         def back(*arrays):
@@ -236,13 +218,11 @@ def _calling_back(engine: Engine):
 
 
 def _run_composite(norm: Norm, x, operands: Operands):
-    import tensorflow as tf
-
     exports = not tf.executing_eagerly() and _exports()
     return (composite.run_for_inference if exports else composite.run)(norm, x, operands)
 
 
-library.open_first(_open)
+library.open_first.append(tf.load_op_library)
 
 KERNELS = (
     kernel_of(cpu.ENGINE, _run_native),

@@ -75,7 +75,7 @@ def _run(engine: Engine, norm: Norm, x, operands: Operands):
     if x.is_meta:
         return torch.empty_like(x, dtype=getattr(torch, y_dtype))
     # Then the memory is taken as it lies, in the order of its axes: no element is copied.
-    moved = not x.is_contiguous() and norm.geometry.parameter_axes == (1,) and _is_channels_last(x)
+    moved = not x.is_contiguous() and _takes_channels(norm.geometry) and _is_channels_last(x)
     if moved:
         x, norm = x.movedim(1, -1), _moved(norm)
     x = _plain(x)
@@ -114,7 +114,8 @@ class _Call:
         if _modes():
             # A mode sees torch's own functions only. What is saved for the backward pass is the
             # same as without one, since a checkpoint may be taken under a mode and resumed without.
-            return _seen_forward(self.norm, x, gamma, beta)
+            y = composite.run(self.norm, x, Operands(gamma, beta))
+            return y.contiguous(), composite.statistics(self.norm, x)
         y = torch.empty_like(x)
         # Where x is: the default device may be another one.
         statistics = torch.empty(self.statistics_shape, dtype=self.arithmetic, device=x.device)
@@ -184,12 +185,6 @@ class _Gradient(torch.autograd.Function):
             options = {"create_graph": further, "materialize_grads": True}
             second = _gradients(first, wanted, cotangents, **options)
         return *second, None, None, None
-
-
-def _seen_forward(norm: Norm, x, gamma, beta):
-    """The forward pass in operations of torch, which modes see."""
-    y = composite.run(norm, x, Operands(gamma, beta))
-    return y.contiguous(), composite.statistics(norm, x)
 
 
 def _seen_backward(norm: Norm, x, gamma, beta, dy, needs):
@@ -266,6 +261,11 @@ def _moved(norm: Norm) -> Norm:
     return norm.of(geometries.layer(shape, -1))
 
 
+def _takes_channels(geometry: Geometry) -> bool:
+    """Whether gamma and beta span axis 1, of samples that are normalized each by itself."""
+    return geometry.parameter_axes == (1,) and "outer" in geometry.per
+
+
 def _is_channels_last(x) -> bool:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return x.ndim in formats and x.is_contiguous(memory_format=formats[x.ndim])
@@ -292,7 +292,7 @@ def _addresses(*tensors):
 def _native() -> Kernel:
     """The library's kernel, on the threads that torch's own functions run on."""
     cpu.most_threads = torch.get_num_threads
-    library.after_loading(_share_threads)
+    library.after_loading.append(_share_threads)
     return kernel_of(cpu.ENGINE)
 
 
@@ -336,7 +336,7 @@ def _fused(norm: Norm, x, operands: Operands):
     last takes E[x^2] - E[x]^2, where none is left; so it is given x - mean.
     """
     geometry, gamma, beta = norm.geometry, operands.gamma, operands.beta
-    if "groups" in geometry.per:
+    if not geometry.trailing:
         return _fused_group_norm(x, gamma, beta, geometry, norm.epsilon)
     functional = torch.nn.functional
     # Where a program is exported an extent may be a symbol, which x has.
