@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import pathlib
+import pickle
 import re
 import subprocess
 import sys
@@ -436,6 +437,11 @@ def test_batch_norm_is_what_its_geometry_says(axis):
     others = tuple(a for a in range(4) if a != axis % 4)
     want = (x - x.mean(others, keepdims=True)) / np.sqrt(x.var(others, keepdims=True) + 1e-3)
     assert_within(to_numpy(found), want, 1e-5)
+    if BACKEND == "torch":
+        import torch
+
+        apart = torch.tensor(x).to(memory_format=torch.channels_last)
+        assert_within(to_numpy(choose_and_run(norm, apart)), want, 1e-5)
 
 
 def choose_and_run(norm, x):
@@ -467,3 +473,33 @@ def test_explain_asks_for_the_device(monkeypatch):
     choice = normwise.explain(ops.layer_norm, (2, 6))
     assert choice.kernel in ("composite", "torch")
     assert "the native kernels run on the CPU, and" in choice.reason or not library.path()
+
+
+@built
+def test_explain_asks_as_the_call_itself_does():
+    """Of integers, of what a layer makes of its options, and of what the function refuses."""
+    integers = normwise.explain(ops.layer_norm, (2, 6), dtype="int32")
+    assert integers.kernel == "native"
+    with pytest.warns(UserWarning, match="rms_scaling"):
+        layer = layers.LayerNormalization(rms_scaling=True)
+    assert "take no mask" in normwise.explain(layer, (2, 6)).reason
+    assert "take no mask" in normwise.explain(ops.layer_norm, (2, 6), mask=True).reason
+    assert normwise.explain(ops.layer_norm, (2, 6), activation="relu").kernel == "native"
+    with pytest.raises(TypeError, match="complex64, and no norm is defined on complex numbers"):
+        normwise.explain(ops.layer_norm, (2, 6), dtype="complex64")
+    with pytest.raises(TypeError, match="a layer has its options itself; leave out groups"):
+        normwise.explain(layers.LayerNormalization(), (2, 6), groups=3)
+
+
+def test_a_norm_that_is_read_in_another_process_is_found():
+    """Strings, which a norm has, have another hash there."""
+    norm = Norm(geometry.group((2, 5, 6), groups=3), "float32", "float32", 1e-3)
+    assert hash(norm)
+    code = (
+        "import pickle, sys; from normwise import geometry; from normwise.norm import Norm\n"
+        "norm = Norm(geometry.group((2, 5, 6), groups=3), 'float32', 'float32', 1e-3)\n"
+        "found = pickle.load(sys.stdin.buffer); assert found in {norm}, (hash(found), hash(norm))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    given = pickle.dumps(norm)
+    subprocess.run([sys.executable, "-c", code], input=given, env=environment, check=True)

@@ -6,6 +6,7 @@ import pytest
 from frameworks import BACKEND, assert_within, compiled, float64_enabled, gradients, to_numpy
 from norms import NORMS, every_norm, expected, samples
 
+import normwise
 from normwise import ops
 
 EPS = np.finfo(np.float32).eps
@@ -177,3 +178,34 @@ def test_jax_export_of_symbolic_extents(norm, axis):
     exported = export.export(jax.jit(lambda x: call(norm, x, axis=axis)))(spec)
     x = samples((3, 7, 6)) if axis == 2 else samples((3, 6, 7))
     assert_within(exported.call(x), to_numpy(call(norm, x, axis=axis)), 1e-5)
+
+
+def test_a_set_of_one_element_divides_by_it_alone():
+    """Filter response norm of (batch, 1), whose set is all of gamma's axes, subtracts no mean."""
+    x = np.array([[3.0], [-2.0]], "float32")
+    for mode in ("auto", "composite"):
+        with normwise.use_kernels(mode):
+            y = to_numpy(ops.filter_response_norm(x, axis=()))
+        assert_within(y, np.sign(x), 1e-5)
+
+
+def test_a_wrong_axis_is_one_after_a_right_one_too():
+    x = samples((2, 3, 4))
+    ops.layer_norm(x, axis=(1, 2))
+    for wrong in ((1.0, 2), (True, 2)):
+        with pytest.raises(TypeError, match="is no axis; expected an int"):
+            ops.layer_norm(x, axis=wrong)
+
+
+def test_an_op_with_options_of_other_libraries_saves_and_loads(tmp_path):
+    """NumPy's int as an axis, and a framework's own dtype."""
+    x = samples((2, 5, 6))
+    inputs = keras.Input(x.shape[1:])
+    dtype = keras.ops.convert_to_tensor(x).dtype
+    outputs = ops.layer_norm(inputs, axis=np.int64(1), dtype=dtype)
+    model = keras.Model(inputs, outputs)
+    want = model.predict(x, verbose=0)
+    for suffix in ("keras", "h5"):
+        model.save(tmp_path / f"model.{suffix}")
+        loaded = keras.saving.load_model(tmp_path / f"model.{suffix}")
+        assert_within(loaded.predict(x, verbose=0), want, 1e-6)

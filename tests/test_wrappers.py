@@ -502,6 +502,9 @@ def test_weight_norm_says_what_is_wrong():
     message = r"sets g of shape \(3,\) and the bias of shape \(4,\) by .* use data_init=False"
     with pytest.raises(ValueError, match=message):
         WeightNormalization(keras.layers.Conv1DTranspose(4, 2))(samples((2, 5, 3)))
+    unknown = keras.layers.EinsumDense("bsf,fh->bhs", output_shape=(8, None))
+    with pytest.raises(ValueError, match="which does not fit them; use data_init=False"):
+        WeightNormalization(unknown).build((None, None, 5))
 
 
 @pytest.mark.parametrize("iterations", [0, -1, 1.5, True, "1", None])

@@ -7,9 +7,9 @@ from typing import Any
 
 import keras
 
-from normwise import dispatch, geometry, kernels, ops
+from normwise import activations, dispatch, geometry, kernels, ops
 from normwise.kernels import library
-from normwise.norm import SHARED, Norm, Operands, check_epsilon
+from normwise.norm import SHARED, Norm, Operands, check_dtype
 from normwise.typing import DType, Shape, Tensor
 
 
@@ -47,24 +47,22 @@ def explain(
     return dispatch.choose(_norm(what, shape, dtype, **options))
 
 
-def _norm(
-    what: Any,
-    shape: Shape,
-    dtype: DType | None,
-    *,
-    epsilon: float = 1e-3,
-    learned_epsilon: Tensor | None = None,
-    **where: Any,
-) -> Norm:
+def _norm(what: Any, shape: Shape, dtype: DType | None, **options: Any) -> Norm:
     if isinstance(what, keras.layers.Layer) and hasattr(what, "geometry"):
-        sets, epsilon, result = what.geometry(shape), what.epsilon, what.compute_dtype
-        subtract_mean, learned = what.subtract_mean, what.learned_epsilon
-    else:
-        sets, result = ops.geometry_of(what, shape, **where), None
-        subtract_mean, learned = ops.operation_of(what).subtract_mean, learned_epsilon is not None
-    given, result = (keras.backend.standardize_dtype(d) for d in (dtype or result, result or dtype))
-    operands = Operands(SHARED, SHARED, learned_epsilon=learned or None)
-    return Norm(sets, given, result, check_epsilon(epsilon), subtract_mean, operands=operands)
+        if options:
+            raise TypeError(f"a layer has its options itself; leave out {', '.join(options)}")
+        # What stands for rms_scaling is a layer norm with a mask.
+        mask = getattr(what, "rms_scaling", False) or None
+        operands = Operands(SHARED, SHARED, mask, what.learned_epsilon or None)
+        given, result = check_dtype(dtype or what.compute_dtype), what.compute_dtype
+        sets, subtract_mean = what.geometry(shape), what.subtract_mean
+        return Norm(sets, given, result, what.epsilon, subtract_mean, operands=operands)
+    operation = ops.operation_of(what)
+    options = {**what.__kwdefaults__, **options}
+    others = options.pop("mask"), options.pop("learned_epsilon", None)
+    options["activation"] = activations.IDENTITY
+    x = keras.KerasTensor(shape, dtype or keras.config.floatx())
+    return operation.norm(x, Operands(SHARED, SHARED, *others).lie(), **options)
 
 
 def report() -> dict[str, str]:

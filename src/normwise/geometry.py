@@ -26,8 +26,24 @@ INSTANCE = -1
 SPATIAL = (1, 2)
 
 
+class KeepsHash:
+    """A frozen dataclass that calculates its hash once: every call looks something up by one."""
+
+    def kept_hash(self) -> int:
+        """What is to be its `__hash__`."""
+        kept = self.__dict__
+        if "_hash" not in kept:
+            fields = dataclasses.fields(self)  # type: ignore[arg-type]
+            kept["_hash"] = hash(tuple(getattr(self, f.name) for f in fields if f.compare))
+        return kept["_hash"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process hashes strings in another way.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+
 @dataclasses.dataclass(frozen=True)
-class Geometry:
+class Geometry(KeepsHash):
     """How one input falls apart into sets of elements that share a mean and a variance.
 
     Which axes form the five extents is stored; everything else follows from it, the layout in
@@ -69,6 +85,7 @@ class Geometry:
     set_axes: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
     parameter_axes: tuple[int, ...] = dataclasses.field(init=False, repr=False, compare=False)
     parameter_shape: Shape = dataclasses.field(init=False, repr=False, compare=False)
+    __hash__ = KeepsHash.kept_hash
 
     def __post_init__(self) -> None:
         outer, before, channels, after = (self._axes(part) for part in range(4))
@@ -88,14 +105,6 @@ class Geometry:
         order = self.permutation or tuple(range(len(self.shape)))
         places = (0, *self.ends, len(order))
         return order[places[part] : places[part + 1]]
-
-    def __hash__(self) -> int:
-        # Kept, as part of every Norm's, which is looked up by at every call.
-        kept = self.__dict__
-        if "_hash" not in kept:
-            fields = (self.shape, self.ends, self.groups, self.per, self.permutation)
-            kept["_hash"] = hash(fields)
-        return kept["_hash"]
 
     def _extent(self, part: int) -> int | None:
         return _product(self.shape[axis] for axis in self._axes(part))
@@ -423,12 +432,8 @@ def _batch_among_spatial_error(axes: tuple[int, ...], shape: Shape | None) -> Va
 
 
 def _product(extents: Iterable[int | None]) -> int | None:
-    product = 1
-    for extent in extents:
-        if extent is None:
-            return None
-        product *= extent
-    return product
+    known = list(extents)
+    return None if None in known else math.prod(e for e in known if e is not None)
 
 
 def _divisors(number: int) -> list[int]:

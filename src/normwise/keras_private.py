@@ -6,6 +6,7 @@ without, or says so.
 
 import contextlib
 import importlib
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ def saved_axes(config: dict[str, Any]) -> dict[str, Any]:
     one they therefore stand under `axes` as well.
     """
     state = _find(_STATE, "get_global_attribute", lambda name: None)
-    if not isinstance(config["axis"], int) and state("use_legacy_config"):
+    if not isinstance(config["axis"], numbers.Integral) and state("use_legacy_config"):
         return {**config, "axes": list(config["axis"])}
     return config
 

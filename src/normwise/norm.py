@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import keras
 
 from normwise.activations import IDENTITY, Activation
-from normwise.geometry import Geometry
+from normwise.geometry import Geometry, KeepsHash
 from normwise.typing import DType, Shape, Tensor
 
 # How gamma or beta lies: one for all samples, of `geometry.parameter_shape`.
@@ -50,7 +50,7 @@ NONE = Operands()
 
 
 @dataclasses.dataclass(frozen=True)
-class Norm:
+class Norm(KeepsHash):
     """One call of a norm but for its tensors: frozen, hashable, and all that a kernel is told.
 
         y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
@@ -79,6 +79,7 @@ class Norm:
     # What follows, kept since every call asks for it.
     arithmetic: str = dataclasses.field(init=False, repr=False, compare=False)
     dtype: str = dataclasses.field(init=False, repr=False, compare=False)
+    __hash__ = KeepsHash.kept_hash
 
     def __post_init__(self) -> None:
         arithmetic = "float64" if "float64" in (self.x_dtype, self.y_dtype) else "float32"
@@ -96,14 +97,6 @@ class Norm:
     def of(self, geometry: Geometry) -> "Norm":
         """The same norm of another geometry."""
         return dataclasses.replace(self, geometry=geometry)
-
-    def __hash__(self) -> int:
-        # Kept: every kernel looks something up by it, at every call.
-        kept = self.__dict__
-        if "_hash" not in kept:
-            fields = [getattr(self, f.name) for f in dataclasses.fields(self) if f.compare]
-            kept["_hash"] = hash(tuple(fields))
-        return kept["_hash"]
 
 
 def check_epsilon(epsilon: Any) -> float:

@@ -22,14 +22,7 @@ import keras
 
 from normwise import activations, dispatch, geometry, keras_private
 from normwise.geometry import Geometry
-from normwise.norm import (
-    Norm,
-    Operands,
-    check_dtype,
-    check_epsilon,
-    check_shapes,
-    dtype_name,
-)
+from normwise.norm import Norm, Operands, check_dtype, check_epsilon, check_shapes, dtype_name
 from normwise.typing import Activation, Axis, DType, Shape, Tensor
 
 __all__ = ["filter_response_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -295,6 +288,9 @@ class _Operation(keras.Operation):
     def __init__(self, *, name: str | None = None, **options: Any) -> None:
         super().__init__(name=name)
         options["activation"] = keras.activations.get(options["activation"])
+        if options.get("dtype") is not None:
+            # A framework's own dtype could not be saved.
+            options["dtype"] = dtype_name(options["dtype"])
         self.options = options
 
     def call(self, x: Tensor, *operands: Tensor | None) -> Tensor:
@@ -328,6 +324,9 @@ class _Operation(keras.Operation):
     ) -> Norm:
         """What a call is: the Norm of an `x`, with operands, one of activations, and options."""
         key: tuple[Any, ...] = (cls, x.shape, x.dtype, operands.lie(), epsilon, activation, dtype)
+        if isinstance(where["axis"], tuple):
+            # Else (1.0, 2), which is an error, would be found where (1, 2) was before.
+            where["axis_types"] = tuple(map(type, where["axis"]))
         try:
             return _norm_of(*key, **where)
         except (TypeError, ValueError):
@@ -432,13 +431,6 @@ def operation_of(function: Callable[..., Tensor]) -> type[_Operation]:
     return _OPERATIONS[function]
 
 
-def geometry_of(function: Callable[..., Tensor], shape: Shape, **where: Any) -> Geometry:
-    """The geometry that one of this module's functions reads a shape by, given groups and axis."""
-    operation, defaults = operation_of(function), function.__kwdefaults__ or {}
-    defaults = {name: defaults[name] for name in ("axis", "groups") if name in defaults}
-    return operation.geometry(shape, **{**defaults, **where})
-
-
 # Of a tiny norm's time, to make a Norm and its hash would be a good part.
 @functools.lru_cache(maxsize=1024, typed=True)
 def _norm_of(
@@ -450,6 +442,7 @@ def _norm_of(
     activation: activations.Activation,
     dtype: DType | None,
     floatx: str | None = None,
+    axis_types: tuple[type, ...] = (),
     **where: Any,
 ) -> Norm:
     """The Norm of an operation's call, with the errors that its options raise."""

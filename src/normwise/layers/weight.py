@@ -262,7 +262,7 @@ class WeightNormalization(KernelWrapper):
         if not any(isinstance(extent, (list, tuple)) for extent in shape):
             channels = shape[self._channel_axis()]
             self._channels = channels
-            fits = math.prod(g.shape) % channels == 0
+            fits = channels is not None and math.prod(g.shape) % channels == 0
             if fits and all(tuple(weight.shape) == (channels,) for weight in bias):
                 return
         raise ValueError(
