@@ -153,3 +153,9 @@ def assert_within(found, expected, tolerance, what=""):
             f"{found[worst]}, expected {np.broadcast_to(expected, error.shape)[worst]} within "
             f"{np.broadcast_to(tolerance, error.shape)[worst]}"
         )
+
+
+def skip_newer_stablehlo(error):
+    """Skip where TensorFlow cannot read what JAX exported: one is newer than the other."""
+    if "failed to deserialize portable artifact using StableHLO" in error:
+        pytest.skip("this JAX writes a newer StableHLO than this TensorFlow reads")

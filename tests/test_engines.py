@@ -5,7 +5,15 @@ import re
 import keras
 import numpy as np
 import pytest
-from frameworks import BACKEND, assert_within, compiled, gradients, second_gradients, to_numpy
+from frameworks import (
+    BACKEND,
+    assert_within,
+    compiled,
+    gradients,
+    second_gradients,
+    skip_newer_stablehlo,
+    to_numpy,
+)
 from norms import NORMS, every_norm, samples
 
 import normwise
@@ -148,7 +156,11 @@ def test_what_is_exported_does_without_it(tmp_path):
 
         model.export(tmp_path / "model", verbose=False)
         loaded = tf.saved_model.load(tmp_path / "model")
-        found = loaded.serve(x)
+        try:
+            found = loaded.serve(x)
+        except tf.errors.InvalidArgumentError as error:
+            skip_newer_stablehlo(str(error))
+            raise
     assert_within(to_numpy(keras.ops.convert_to_tensor(found)), want, 1e-5)
     assert not calls
 

@@ -10,7 +10,7 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from frameworks import BACKEND, assert_within
+from frameworks import BACKEND, assert_within, skip_newer_stablehlo
 from norms import every_norm, randomize, samples
 
 import normwise
@@ -88,8 +88,7 @@ def test_a_saved_model_runs_without_normwise(model, tmp_path, capfd):
     try:
         found = predict_elsewhere(SAVED_MODEL, tmp_path / "model", x)
     except subprocess.CalledProcessError:
-        if "failed to deserialize portable artifact using StableHLO" in capfd.readouterr().err:
-            pytest.skip("this JAX writes a newer StableHLO than this TensorFlow reads")
+        skip_newer_stablehlo(capfd.readouterr().err)
         raise
     assert_within(found, want, 1e-5)
     more = images(7)
