@@ -366,12 +366,6 @@ def _fused_group_norm(x, gamma, beta, geometry: Geometry, epsilon: float):
 
 KERNELS = (
     _native(),
-    Kernel(
-        "torch",
-        _why_not_fused,
-        _run_fused,
-        engine=False,
-        since="torch's own fused norm, since {}",
-    ),
+    Kernel("torch", _why_not_fused, _run_fused, False, since="torch's own fused norm, since {}"),
     dataclasses.replace(composite.COMPOSITE, run=_run_composite),
 )

@@ -96,7 +96,9 @@ class SpectralNormalization(KernelWrapper):
         super().build(input_shape)
         kernels = self.kernels()
         self._u = [self._add_u(kernel) for kernel in kernels]
-        self._offsets = [self._add_offset(kernel) for kernel in kernels] if self.compatible else []
+        self._offsets = []
+        if self.compatible:
+            self._offsets = [self._add_offset(f"{k.name}_offset", k.variable, k) for k in kernels]
 
     @property
     def u(self):
@@ -141,16 +143,6 @@ class SpectralNormalization(KernelWrapper):
             dtype=kernel.dtype,
             # Not near length 1, which says that training has set it.
             initializer=keras.initializers.TruncatedNormal(stddev=0.02 / math.sqrt(columns)),
-            trainable=False,
-            autocast=False,
-        )
-
-    def _add_offset(self, kernel):
-        return self.add_weight(
-            name=f"{kernel.name}_offset",
-            shape=kernel.variable.shape,
-            dtype=kernel.dtype,
-            initializer="zeros",
             trainable=False,
             autocast=False,
         )

@@ -107,14 +107,7 @@ class WeightNormalization(KernelWrapper):
             self._check_fits_data(input_shape)
             names = (f"{kernels[-1].prefix}g_offset", "bias_offset")
             self._offsets = [
-                self.add_weight(
-                    name=name,
-                    shape=weight.shape,
-                    dtype=kernels[-1].dtype,
-                    initializer="zeros",
-                    trainable=False,
-                    autocast=False,
-                )
+                self._add_offset(name, weight, kernels[-1])
                 for name, weight in zip(names, self._set_by_data(), strict=False)
             ]
 

@@ -104,15 +104,24 @@ class KernelWrapper(keras.layers.Wrapper):
                     Kernel(owner, name, variable)
                     for name, variable in zip(names, found, strict=True)
                 ]
-        wanted = "a recurrent_kernel" if recurrent else self._wanted()
+        names = " or ".join(" and ".join(names) for names in self.kernel_names)
+        wanted = "a recurrent_kernel" if recurrent else f"a {names}"
         raise ValueError(
             f"{type(owner).__name__} has no weight to normalize: {type(self).__name__} needs "
             f"{wanted} that is a weight of its own, as that of Dense or Conv2D; wrap the inner "
             "layer that has it, without LoRA or quantization"
         )
 
-    def _wanted(self) -> str:
-        return "a " + " or ".join(" and ".join(names) for names in self.kernel_names)
+    def _add_offset(self, name: str, weight, kernel: Kernel):
+        """A weight of the kernel's dtype for what a call adds to a trained one."""
+        return self.add_weight(
+            name=name,
+            shape=weight.shape,
+            dtype=kernel.dtype,
+            initializer="zeros",
+            trainable=False,
+            autocast=False,
+        )
 
     @property
     def compute_dtype(self):
