@@ -70,6 +70,8 @@ def golden(tmp_path_factory):
 
 
 def load(path):
+    if path.name.startswith("code") and sys.version_info >= (3, 13):
+        pytest.skip("Python 3.13 may crash on the code of 3.11, which is in the file")
     return migrate.load_model(path, custom_objects=OWN, safe_mode=not path.name.startswith("code"))
 
 

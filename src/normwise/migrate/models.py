@@ -37,7 +37,8 @@ def load_model(
             is made of, written for Keras 3.
         compile: whether to compile the model as it was; what Keras 3 does not know is left out
             with a warning. The state of the optimizer is not read.
-        safe_mode: whether to refuse a Lambda layer, whose code is in the file.
+        safe_mode: whether to refuse a Lambda layer, whose code is in the file: that of the Python
+            that saved it, which in another may end the process.
 
     Returns:
         A keras.Sequential or a functional keras.Model with the weights of the file.
