@@ -432,8 +432,13 @@ def _batch_among_spatial_error(axes: tuple[int, ...], shape: Shape | None) -> Va
 
 
 def _product(extents: Iterable[int | None]) -> int | None:
-    known = list(extents)
-    return None if None in known else math.prod(e for e in known if e is not None)
+    # By a loop, which torch.compile sees through, as not through math.prod of a generator.
+    product = 1
+    for extent in extents:
+        if extent is None:
+            return None
+        product *= extent
+    return product
 
 
 def _divisors(number: int) -> list[int]:
