@@ -122,9 +122,20 @@ class Affine(Parametric):
         self, norm: Callable[..., Tensor], inputs: Tensor, mask: Tensor | None, **options: Any
     ) -> Tensor:
         """The result of one of `ops` with the layer's weights and arguments."""
-        options = {"gamma": self.gamma, "beta": self.beta, "axis": self.axis, **options}
-        options |= {"epsilon": self.epsilon, "activation": self.activation}
-        return norm(inputs, mask=mask, dtype=self.compute_dtype, **options)
+        return norm(
+            inputs,
+            *self._operands(),
+            axis=self.axis,
+            epsilon=self.epsilon,
+            activation=self.activation,
+            mask=mask,
+            dtype=self.compute_dtype,
+            **options,
+        )
+
+    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
+        """Gamma and beta as the op takes them."""
+        return self.gamma, self.beta
 
     def build(self, input_shape: Shape) -> None:
         """Create the weights for inputs of this shape."""

@@ -117,9 +117,11 @@ class FilterResponseNormalization(Affine):
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        flat = {name: keras.ops.reshape(getattr(self, name), (-1,)) for name in ("gamma", "beta")}
-        options = {**flat, "learned_epsilon": self.eps_learned}
-        return self._normalized(ops.filter_response_norm, inputs, mask, **options)
+        norm, learned_epsilon = ops.filter_response_norm, self.eps_learned
+        return self._normalized(norm, inputs, mask, learned_epsilon=learned_epsilon)
+
+    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
+        return keras.ops.reshape(self.gamma, (-1,)), keras.ops.reshape(self.beta, (-1,))
 
 
 @keras.saving.register_keras_serializable("normwise")
