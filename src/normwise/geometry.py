@@ -30,7 +30,7 @@ class KeepsHash:
     """A frozen dataclass that calculates its hash once: every call looks something up by one."""
 
     def kept_hash(self) -> int:
-        """What is to be its `__hash__`."""
+        """Its `__hash__`, by that name in its body: @dataclass writes one over an inherited one."""
         kept = self.__dict__
         if "_hash" not in kept:
             fields = dataclasses.fields(self)  # type: ignore[arg-type]

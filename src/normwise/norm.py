@@ -146,9 +146,7 @@ def check_shapes(geometry: Geometry, operands: Operands) -> None:
     expected = geometry.parameter_shape
     gamma, beta, mask, learned_epsilon = operands
     for name, parameter in (("gamma", gamma), ("beta", beta)):
-        if parameter is None or parameter.shape == expected:
-            continue
-        if not _fits(tuple(parameter.shape), expected):
+        if parameter is not None and not _fits(parameter.shape, expected):
             raise ValueError(
                 f"{name} has shape {tuple(parameter.shape)}, but axis "
                 f"{list(geometry.parameter_axes)} of shape {geometry.shape} needs {expected}"

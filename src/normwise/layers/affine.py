@@ -119,12 +119,15 @@ class Affine(Parametric):
         raise NotImplementedError
 
     def _normalized(
-        self, norm: Callable[..., Tensor], inputs: Tensor, mask: Tensor | None, **options: Any
+        self,
+        norm: Callable[..., Tensor],
+        tensors: Sequence[Tensor | None],
+        mask: Tensor | None,
+        **options: Any,
     ) -> Tensor:
-        """The result of one of `ops` with the layer's weights and arguments."""
+        """The result of one of `ops` on x, gamma and beta, with the layer's arguments."""
         return norm(
-            inputs,
-            *self._operands(),
+            *tensors,
             axis=self.axis,
             epsilon=self.epsilon,
             activation=self.activation,
@@ -132,10 +135,6 @@ class Affine(Parametric):
             dtype=self.compute_dtype,
             **options,
         )
-
-    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
-        """Gamma and beta as the op takes them."""
-        return self.gamma, self.beta
 
     def build(self, input_shape: Shape) -> None:
         """Create the weights for inputs of this shape."""

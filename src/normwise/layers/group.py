@@ -92,7 +92,8 @@ class GroupNormalization(Affine):
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        return self._normalized(ops.group_norm, inputs, mask, groups=self.groups)
+        tensors = (inputs, self.gamma, self.beta)
+        return self._normalized(ops.group_norm, tensors, mask, groups=self.groups)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""

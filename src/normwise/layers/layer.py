@@ -100,7 +100,7 @@ class LayerNormalization(_OverAxes):
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
         if self.rms_scaling:
             return self._divided_by_deviation(inputs, mask)
-        return self._normalized(ops.layer_norm, inputs, mask)
+        return self._normalized(ops.layer_norm, (inputs, self.gamma, self.beta), mask)
 
     def _divided_by_deviation(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         # Layer norm of a further element that is 0, and masked so that the statistics are those of
@@ -190,4 +190,4 @@ class RMSNormalization(_OverAxes):
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        return self._normalized(ops.rms_norm, inputs, mask)
+        return self._normalized(ops.rms_norm, (inputs, self.gamma), mask)

@@ -117,11 +117,10 @@ class FilterResponseNormalization(Affine):
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        norm, learned_epsilon = ops.filter_response_norm, self.eps_learned
-        return self._normalized(norm, inputs, mask, learned_epsilon=learned_epsilon)
-
-    def _operands(self) -> tuple[Tensor | None, Tensor | None]:
-        return keras.ops.reshape(self.gamma, (-1,)), keras.ops.reshape(self.beta, (-1,))
+        flat = (keras.ops.reshape(weight, (-1,)) for weight in (self.gamma, self.beta))
+        return self._normalized(
+            ops.filter_response_norm, (inputs, *flat), mask, learned_epsilon=self.eps_learned
+        )
 
 
 @keras.saving.register_keras_serializable("normwise")

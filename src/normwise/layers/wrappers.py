@@ -104,8 +104,8 @@ class KernelWrapper(keras.layers.Wrapper):
                     Kernel(owner, name, variable)
                     for name, variable in zip(names, found, strict=True)
                 ]
-        names = " or ".join(" and ".join(names) for names in self.kernel_names)
-        wanted = "a recurrent_kernel" if recurrent else f"a {names}"
+        either = " or ".join(" and ".join(names) for names in self.kernel_names)
+        wanted = "a recurrent_kernel" if recurrent else f"a {either}"
         raise ValueError(
             f"{type(owner).__name__} has no weight to normalize: {type(self).__name__} needs "
             f"{wanted} that is a weight of its own, as that of Dense or Conv2D; wrap the inner "
