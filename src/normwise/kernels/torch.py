@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from normwise import geometry as geometries
 from normwise.geometry import Geometry
-from normwise.kernels import composite, cpu, library, private
+from normwise.kernels import composite, cpu, gpu, library, private, torch_gpu
 from normwise.kernels.kernel import Engine, Kernel
 from normwise.norm import Norm, Operands
 
@@ -33,6 +33,9 @@ def kernel_of(engine: Engine) -> Kernel:
     """A kernel of an engine for tensors of the CPU, differentiable to any order."""
 
     def why_not(norm, x):
+        x = _asked_about(x)
+        if not (x.is_cpu or x.is_meta):
+            return "the native kernels run on the CPU, and x is elsewhere"
         return engine.why_not(norm) or _why_not_here(x)
 
     def run(norm, x, operands):
@@ -41,14 +44,27 @@ def kernel_of(engine: Engine) -> Kernel:
     return Kernel(engine.name, why_not, run)
 
 
+def _asked_about(x):
+    """The tensor itself, or one where Keras puts its tensors."""
+    return keras.ops.zeros((1,)) if x is None else x
+
+
+def _why_not_on_gpu(norm: Norm, x) -> str | None:
+    """Why the Triton kernels cannot take `x` here and now, or None."""
+    x = _asked_about(x)
+    if not (x.is_cuda or (gpu.interpreted() and x.is_cpu)):
+        return "the Triton kernels run on a GPU, and x is elsewhere"
+    return gpu.why_not(norm) or _why_not_here(x)
+
+
+def _run_on_gpu(norm: Norm, x, operands: Operands):
+    return _run(torch_gpu.engine(x.device), norm, x, operands)
+
+
 def _why_not_here(x) -> str | None:
     """Why no engine can take `x` here and now, or None."""
-    if x is None:
-        x = keras.ops.zeros((1,))
     if _LACKS is not None:
         return _LACKS
-    if not (x.is_cpu or x.is_meta):
-        return f"the native kernels run on the CPU, and x is on {x.device}"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "this call is traced, by torch.compile or for an export"
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
@@ -104,7 +120,8 @@ class _Call:
             self.on_buffers = lambda *arrays: engine.forward(norm, *arrays)
             self.back_on_buffers = lambda *arrays: engine.backward(norm, *arrays)
         else:
-            self.buffers, plan = _addresses, engine.plan(norm)
+            plan = engine.plan(norm)
+            self.buffers = getattr(plan, "buffers", _addresses)
             self.on_buffers, self.back_on_buffers = plan.forward, plan.backward
         self.arithmetic = getattr(torch, norm.arithmetic)
         self.statistics_shape = norm.geometry.statistics_shape(norm.geometry.shape)
@@ -364,8 +381,15 @@ def _fused_group_norm(x, gamma, beta, geometry: Geometry, epsilon: float):
     return torch.group_norm(deviation, geometry.groups, gamma, beta, epsilon).movedim(1, channel)
 
 
+def _engines() -> tuple[Kernel, ...]:
+    """Those of the CPU and of GPUs, of which the one that will have most calls is asked first."""
+    native, on_gpu = _native(), Kernel(gpu.NAME, _why_not_on_gpu, _run_on_gpu)
+    first = gpu.interpreted() or torch.cuda.is_available()
+    return (on_gpu, native) if first else (native, on_gpu)
+
+
 KERNELS = (
-    _native(),
+    *_engines(),
     Kernel("torch", _why_not_fused, _run_fused, False, since="torch's own fused norm, since {}"),
     dataclasses.replace(composite.COMPOSITE, run=_run_composite),
 )

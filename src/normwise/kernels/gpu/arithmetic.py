@@ -1,0 +1,81 @@
+"""What every kernel calculates with the elements that it has read, in float32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def inverse_root(variance, epsilon):
+    """1 / sqrt(variance + epsilon), and 0 for equal elements at epsilon 0."""
+    radicand = variance + epsilon
+    return tl.where(radicand == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(radicand)))
+
+
+@triton.jit
+def parameter(POINTER, index, there, absent: tl.constexpr):
+    """Gamma or beta at `index`, or what stands for one that is absent."""
+    if POINTER is None:
+        values = tl.full(index.shape, absent, tl.float32)
+    else:
+        values = tl.load(POINTER + index, mask=there, other=absent).to(tl.float32)
+    return values
+
+
+@triton.jit
+def activated(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """The activation of z, by its name in `activations.NAMES`."""
+    if ACTIVATION == "leaky_relu":
+        # By `z < 0`, so that NaN stays NaN.
+        z = tl.where(z < 0, z * SLOPE if SLOPE else 0.0, z)
+    elif ACTIVATION == "sigmoid":
+        z = tl.sigmoid(z)
+    elif ACTIVATION == "tanh":
+        z = 2 * tl.sigmoid(2 * z) - 1
+    elif ACTIVATION == "silu":
+        z = z * tl.sigmoid(z)
+    elif ACTIVATION == "gelu":
+        z = 0.5 * z * (1 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        z = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    else:
+        tl.static_assert(ACTIVATION == "identity")
+    return z
+
+
+@triton.jit
+def derivative(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """The derivative of `activated` at z."""
+    if ACTIVATION == "leaky_relu":
+        slope = tl.where(z > 0, 1.0, SLOPE)
+    elif ACTIVATION == "sigmoid":
+        s = tl.sigmoid(z)
+        slope = s * (1 - s)
+    elif ACTIVATION == "tanh":
+        s = tl.sigmoid(2 * z)
+        slope = 4 * s * (1 - s)
+    elif ACTIVATION == "silu":
+        s = tl.sigmoid(z)
+        slope = s * (1 + z * (1 - s))
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        slope = 0.5 * (1 + tl.erf(z * 0.7071067811865476)) + z * density
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        square = z * z
+        s = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * square))
+        slope = s + z * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * square)
+    return slope
+
+
+@triton.jit
+def result(normalized, gamma, beta, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """What the norm makes of a normalized element."""
+    return activated(normalized * gamma + beta, ACTIVATION, SLOPE)
+
+
+@triton.jit
+def through(dy, normalized, gamma, beta, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """The gradient before the activation, of dy after it."""
+    if ACTIVATION != "identity":
+        dy = dy * derivative(normalized * gamma + beta, ACTIVATION, SLOPE)
+    return dy

@@ -1,0 +1,175 @@
+"""Runs: channels before positions, so that a set is one contiguous run, and a channel a part of it.
+
+Sets that fit registers are read whole. Of others each has a program where there are sets enough for
+all multiprocessors, and else a program for each of its pieces. The kernels here are of the second
+kind: a program reads its set twice, the second time from the L2.
+"""
+
+import triton
+import triton.language as tl
+
+from normwise.kernels.gpu.arithmetic import inverse_root, parameter, result, through
+
+
+@triton.jit
+def _moments(x_of_set, size, SUBTRACT_MEAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Mean and variance of a set, which is read as one run."""
+    index = tl.arange(0, BLOCK)
+    shift = 0.0
+    if SUBTRACT_MEAN:
+        # Sums are shifted by the mean of the first tile: of no less, for an element far off would
+        # leave few digits of the others; and that from one of them, so that equal ones leave 0.
+        there = index < size
+        x = tl.load(x_of_set + index, mask=there, other=0.0).to(tl.float32)
+        shift = tl.load(x_of_set).to(tl.float32)
+        count = tl.minimum(size, BLOCK).to(tl.float32)
+        shift += tl.sum(tl.where(there, x - shift, 0.0), 0) / count
+    total, squares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        there = start + index < size
+        x = tl.load(x_of_set + start + index, mask=there, other=0.0).to(tl.float32)
+        deviation = tl.where(there, x - shift, 0.0)
+        total += deviation
+        squares += deviation * deviation
+    count = size.to(tl.float32)
+    mean, square = 0.0, tl.sum(squares, 0)
+    if SUBTRACT_MEAN:
+        rest = tl.sum(total, 0) / count
+        mean = shift + rest
+        square = tl.maximum(square - rest * rest * count, 0.0)
+    return mean, square / count
+
+
+@triton.jit
+def forward(
+    X,
+    GAMMA,
+    BETA,
+    Y,
+    STATISTICS,
+    positions,
+    epsilon,
+    GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SUBTRACT_MEAN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_MEMBERS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+):
+    """y and the statistics (outer, 2, groups)."""
+    row = tl.program_id(0).to(tl.int64)
+    size = positions.to(tl.int64) * MEMBERS
+    x_of_set, y_of_set = X + row * size, Y + row * size
+    mean, variance = _moments(x_of_set, size, SUBTRACT_MEAN, BLOCK)
+    inv_std = inverse_root(variance, epsilon)
+    statistics = STATISTICS + row // GROUPS * 2 * GROUPS + row % GROUPS
+    tl.store(statistics, mean)
+    tl.store(statistics + GROUPS, inv_std)
+
+    for member in range(0, MEMBERS, BLOCK_MEMBERS):
+        members = member + tl.arange(0, BLOCK_MEMBERS)
+        exists = members < MEMBERS
+        channel = (row % GROUPS).to(tl.int32) * MEMBERS + members
+        gamma = parameter(GAMMA, channel, exists, 1.0)[:, None]
+        beta = parameter(BETA, channel, exists, 0.0)[:, None]
+        for start in range(0, positions, BLOCK_POSITIONS):
+            position = start + tl.arange(0, BLOCK_POSITIONS)
+            there = exists[:, None] & (position < positions)[None, :]
+            place = members[:, None].to(tl.int64) * positions + position[None, :]
+            # Nobody reads it again: it shall not displace what other programs are about to.
+            x = tl.load(
+                x_of_set + place, mask=there, other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
+            y = result((x - mean) * inv_std, gamma, beta, ACTIVATION, SLOPE)
+            tl.store(
+                y_of_set + place,
+                y.to(Y.dtype.element_ty),
+                mask=there,
+                eviction_policy="evict_first",
+            )
+
+
+@triton.jit
+def backward(
+    X,
+    GAMMA,
+    BETA,
+    STATISTICS,
+    DY,
+    DX,
+    SUMS,
+    positions,
+    GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    SUBTRACT_MEAN: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BLOCK_MEMBERS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+):
+    """dx, and SUMS (outer, 2, channels) of dz * normalized and of dz."""
+    row = tl.program_id(0).to(tl.int64)
+    size = positions.to(tl.int64) * MEMBERS
+    x_of_set, dy_of_set, dx_of_set = X + row * size, DY + row * size, DX + row * size
+    statistics = STATISTICS + row // GROUPS * 2 * GROUPS + row % GROUPS
+    mean, inv_std = tl.load(statistics), tl.load(statistics + GROUPS)
+    group = (row % GROUPS).to(tl.int32)
+    count = size.to(tl.float32)
+    product, total_of_set = 0.0, 0.0
+    for member in range(0, MEMBERS, BLOCK_MEMBERS):
+        members = member + tl.arange(0, BLOCK_MEMBERS)
+        exists = members < MEMBERS
+        channel = group * MEMBERS + members
+        gamma = parameter(GAMMA, channel, exists, 1.0)
+        beta = parameter(BETA, channel, exists, 0.0)
+        products = tl.zeros([BLOCK_MEMBERS, BLOCK_POSITIONS], tl.float32)
+        total = tl.zeros([BLOCK_MEMBERS, BLOCK_POSITIONS], tl.float32)
+        for start in range(0, positions, BLOCK_POSITIONS):
+            position = start + tl.arange(0, BLOCK_POSITIONS)
+            there = exists[:, None] & (position < positions)[None, :]
+            place = members[:, None].to(tl.int64) * positions + position[None, :]
+            x = tl.load(x_of_set + place, mask=there, other=0.0).to(tl.float32)
+            dy = tl.load(dy_of_set + place, mask=there, other=0.0).to(tl.float32)
+            normalized = (x - mean) * inv_std
+            dz = through(dy, normalized, gamma[:, None], beta[:, None], ACTIVATION, SLOPE)
+            dz = tl.where(there, dz, 0.0)
+            products += dz * normalized
+            total += dz
+        of_channel, total_of_channel = tl.sum(products, 1), tl.sum(total, 1)
+        if SUMS is not None:
+            out = SUMS + row // GROUPS * 2 * GROUPS * MEMBERS + channel
+            tl.store(out, of_channel, mask=exists)
+            tl.store(out + GROUPS * MEMBERS, total_of_channel, mask=exists)
+        product += tl.sum(of_channel * gamma, 0)
+        total_of_set += tl.sum(total_of_channel * gamma, 0)
+    product, mean_of_set = product / count, total_of_set / count
+
+    for member in range(0, MEMBERS, BLOCK_MEMBERS):
+        members = member + tl.arange(0, BLOCK_MEMBERS)
+        exists = members < MEMBERS
+        channel = group * MEMBERS + members
+        gamma = parameter(GAMMA, channel, exists, 1.0)[:, None]
+        beta = parameter(BETA, channel, exists, 0.0)[:, None]
+        for start in range(0, positions, BLOCK_POSITIONS):
+            position = start + tl.arange(0, BLOCK_POSITIONS)
+            there = exists[:, None] & (position < positions)[None, :]
+            place = members[:, None].to(tl.int64) * positions + position[None, :]
+            x = tl.load(
+                x_of_set + place, mask=there, other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
+            dy = tl.load(
+                dy_of_set + place, mask=there, other=0.0, eviction_policy="evict_first"
+            ).to(tl.float32)
+            normalized = (x - mean) * inv_std
+            dz = through(dy, normalized, gamma, beta, ACTIVATION, SLOPE)
+            dx = dz * gamma - normalized * product
+            if SUBTRACT_MEAN:
+                dx -= mean_of_set
+            tl.store(
+                dx_of_set + place,
+                (dx * inv_std).to(DX.dtype.element_ty),
+                mask=there,
+                eviction_policy="evict_first",
+            )
