@@ -17,12 +17,12 @@ INSTALLED = $(VENV)/.tools-$(subst $() ,-,$(strip $(BACKENDS)))
 FUZZ = build/sanitized/fuzz build/plain/fuzz
 
 .PHONY: tutorial test lint fuzz bench figures clean
-.PHONY: test-tensorflow test-jax test-torch test-native
+.PHONY: test-tensorflow test-jax test-torch test-gpu test-native
 
 tutorial: $(VENV)/.tutorial-$(BACKEND)
 	KERAS_BACKEND=$(BACKEND) $(BIN)/normwise tutorial
 
-test: test-native $(BACKENDS:%=test-%) lint
+test: test-native $(BACKENDS:%=test-%) $(if $(filter torch,$(BACKENDS)),test-gpu) lint
 
 # All tests, and those of values and gradients once more as they are without the native library. With
 # one whose build failed, pip installs without a word, and most tests of it would only be skipped.
@@ -32,6 +32,10 @@ test-tensorflow test-jax test-torch: test-%: $(INSTALLED)
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet --pure-python $(addprefix tests/test_,\
 		contract.py derivatives.py defects.py golden.py layers.py masks.py ops.py)
+
+# The kernels of GPUs, in Triton's interpreter. On a machine with a GPU `pytest -m gpu` runs the same.
+test-gpu: $(INSTALLED)
+	TRITON_INTERPRET=1 KERAS_BACKEND=torch $(BIN)/python -m pytest --quiet $(wildcard tests/test_gpu_*.py)
 
 # The kernels by themselves, under the address and the undefined-behaviour sanitizer and without, the
 # latter with AVX-512: its masked loads are invisible to the one sanitizer, and compiling it for both

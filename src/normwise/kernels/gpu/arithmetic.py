@@ -8,7 +8,9 @@ import triton.language as tl
 def inverse_root(variance, epsilon):
     """1 / sqrt(variance + epsilon), and 0 for equal elements at epsilon 0."""
     radicand = variance + epsilon
-    return tl.where(radicand == 0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(radicand)))
+    defined = radicand != 0
+    root = tl.sqrt_rn(tl.where(defined, radicand, 1.0))
+    return tl.where(defined, tl.div_rn(1.0, root), 0.0)
 
 
 @triton.jit
@@ -25,8 +27,11 @@ def parameter(POINTER, index, there, absent: tl.constexpr):
 def activated(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """The activation of z, by its name in `activations.NAMES`."""
     if ACTIVATION == "leaky_relu":
-        # By `z < 0`, so that NaN stays NaN.
-        z = tl.where(z < 0, z * SLOPE if SLOPE else 0.0, z)
+        # By `z < 0`, so that NaN stays NaN; and without a product, which were NaN of 0 and infinity.
+        if SLOPE == 0:
+            z = tl.where(z < 0, 0.0, z)
+        else:
+            z = tl.where(z < 0, z * SLOPE, z)
     elif ACTIVATION == "sigmoid":
         z = tl.sigmoid(z)
     elif ACTIVATION == "tanh":

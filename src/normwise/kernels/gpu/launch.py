@@ -4,9 +4,12 @@ A kernel's parameters come in this order: the buffers that it reads, those that 
 and constants, which it is compiled for.
 """
 
+import functools
+import inspect
 from typing import Any, NamedTuple
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -73,8 +76,6 @@ class Launch(NamedTuple):
         signature, constants, attributes = {}, {}, {}
         names = self.kernel.arg_names
         values = (*self.buffers, *self.numbers, *self.constants.values())
-        if names[len(names) - len(self.constants) :] != list(self.constants):
-            raise TypeError(f"{self.kernel.__name__} takes {names}, not {list(self.constants)}")
         for place, (name, value) in enumerate(zip(names, values, strict=True)):
             if isinstance(value, str) and place < len(self.buffers):
                 signature[name] = _TYPES[dtypes[value]]
@@ -131,6 +132,14 @@ def compiled(launch: Launch, dtypes: dict, device: Device, aligned: bool = True,
         options = {"num_warps": max(1, launch.threads // device.warp_size)}
         _compiled[key] = triton.compile(source, target=device.target, options=options)
     return _compiled[key]
+
+
+@functools.cache
+def parameters_of(kernel) -> tuple[list[str], list[str]]:
+    """The names of a kernel's buffers and numbers, and those of its constants."""
+    parameters = inspect.signature(kernel.fn).parameters
+    constants = [name for name, p in parameters.items() if p.annotation is tl.constexpr]
+    return [name for name in parameters if name not in constants], constants
 
 
 def power_of_2(number: int) -> int:

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 
 from normwise.kernels.gpu.arithmetic import inverse_root, parameter, result, through
-from normwise.kernels.gpu.launch import Launch, divided, power_of_2
 
 
 @triton.jit
@@ -344,6 +343,27 @@ def merge_sums(
     out = MEANS + sample * 2 * GROUPS + group
     tl.store(out, products_of_set / count, mask=group < GROUPS)
     tl.store(out + GROUPS, total_of_set / count, mask=group < GROUPS)
+
+
+@triton.jit
+def merge_sums_of_rows(
+    PARTS,
+    MEANS,
+    positions,
+    pieces,
+    pieces_of_run,
+    length,
+    GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_MEMBERS: tl.constexpr,
+    BLOCK_PIECES: tl.constexpr,
+):
+    """The MEANS of sums that have gamma in them."""
+    merge_sums(
+        PARTS, None, None, MEANS, positions, pieces, pieces_of_run, length,
+        GROUPS, MEMBERS, BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_PIECES,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,13 +1,21 @@
 """Which kernels calculate a norm, in blocks of which shape: a function of Norm and Device alone.
 
-A thread holds few elements, or registers spill; a program has many threads, or there are too few
-loads in flight. docs/gpu.md says which blocks were measured.
+A sample is calculated in the same way however many there are, so that its result is the same too.
+A thread holds few elements, or registers spill; a program has many threads, or too few loads are
+under way at a time. docs/gpu.md says what was measured.
 """
 
 from typing import NamedTuple
 
 from normwise.kernels.gpu import kept, pieces, rows, runs, whole
-from normwise.kernels.gpu.launch import Device, Launch, Pass, divided, power_of_2
+from normwise.kernels.gpu.launch import (
+    Device,
+    Launch,
+    Pass,
+    divided,
+    parameters_of,
+    power_of_2,
+)
 from normwise.norm import Norm
 
 # Elements that a program holds at a time, as a rule.
@@ -15,182 +23,156 @@ _TILE = 4096
 # The most, of a forward and of a backward pass, which holds dy and sums as well.
 _MOST = 32768
 _MOST_BACKWARD = 8192
-# The same of a forward pass over whole samples, whose tiles are padded along each side.
+# The most of a forward pass over whole samples, whose tiles are padded along each side.
 _MOST_WHOLE = 16384
-# Where neighbours in memory are read, a row of a tile has at least so many of them.
+# So many neighbours in memory are read at a time, if there are.
 _NEIGHBOURS = 32
-# Programs for each multiprocessor: of a loop that keeps sums, and of pieces.
+# The most that a program reads alone, twice; more is cut in pieces.
+_MOST_ALONE = 131072
+# Programs for each multiprocessor: of loops that keep sums, and of the pieces of one sample.
 _PERSISTENT = 4
 _PIECES = 8
-
-
-class _Sets(NamedTuple):
-    """The sets of a norm as the kernels read them: (outer, channels, positions) in some order."""
-
-    outer: int
-    runs: int
-    positions: int
-    groups: int
-    members: int
-    channels_last: bool
-    of_elements: bool
-
-    @property
-    def channels(self) -> int:
-        return self.groups * self.members
-
-    @property
-    def count(self) -> int:
-        return self.outer * self.groups
+# The tiles of a piece, if there are so many: fewer leave too much to merge.
+_TILES = 4
 
 
 def forward(norm: Norm, device: Device) -> Pass:
     """The launches that calculate y and the statistics of x."""
-    outer, before, groups, members, after = norm.geometry.extents
+    outer, before, _, members, after = norm.geometry.extents
+    call = _Call(norm, device)
     if norm.geometry.keeps_after and after > 1:
-        return Pass((_kept_forward(norm, outer, members, after),), {})
-    if before == after == 1:
-        block = power_of_2(members)
-        if block <= _MOST:
-            return Pass((_rows_forward(norm, outer, groups, members),), {})
-    return _of_sets_forward(norm, _sets(norm), device)
+        return _kept_forward(call, outer, members, after)
+    if before == after == 1 and power_of_2(members) <= _MOST:
+        return _rows_forward(call, outer)
+    sets = _Sets.of(norm)
+    if sets.fit(_MOST_WHOLE):
+        return _whole_forward(call, sets)
+    if sets.fit_a_program:
+        return _runs_forward(call, sets)
+    return _pieces_forward(call, sets)
 
 
 def backward(norm: Norm, device: Device, dgamma: bool, dbeta: bool) -> Pass:
     """The launches that calculate dx, and where they are asked for dgamma and dbeta."""
-    wanted = ("dgamma" if dgamma else None, "dbeta" if dbeta else None)
-    outer, before, groups, members, after = norm.geometry.extents
+    outer, before, _, members, after = norm.geometry.extents
+    call = _Call(norm, device, dgamma, dbeta)
     if norm.geometry.keeps_after and after > 1:
-        return _kept_backward(norm, outer, members, after, device, wanted)
+        return _kept_backward(call, outer, members, after)
     if before == after == 1 and power_of_2(members) <= _MOST_BACKWARD:
-        return _rows_backward(norm, outer, groups, members, device, wanted)
-    return _of_sets_backward(norm, _sets(norm), device, wanted)
+        return _rows_backward(call, outer)
+    sets = _Sets.of(norm)
+    if sets.fit(_MOST_BACKWARD):
+        return _whole_backward(call, sets)
+    if sets.fit_a_program:
+        return _runs_backward(call, sets)
+    return _pieces_backward(call, sets)
 
 
-def _sets(norm: Norm) -> _Sets:
-    outer, before, groups, members, after = norm.geometry.extents
-    if before == after == 1:
-        # A row is cut along its members, each with a gamma of its own.
-        return _Sets(outer, 1, members, groups, 1, channels_last=False, of_elements=True)
-    if after == 1:
-        return _Sets(outer, 1, before, groups, members, channels_last=True, of_elements=False)
-    return _Sets(outer, before, after, groups, members, channels_last=False, of_elements=False)
+def _threads(elements: int, each: int = 32, most: int = 1024) -> int:
+    """The threads for a tile, of which each holds so many elements unless that takes too many."""
+    return min(most, max(128, elements // each))
 
 
-def _threads(elements: int, most: int = 512) -> int:
-    """The threads for a tile, of 32 elements each while there are less than `most`."""
-    return min(most, max(128, elements // 32))
+class _Call:
+    """What all launches of a pass have in common."""
 
+    def __init__(self, norm: Norm, device: Device, dgamma: bool = False, dbeta: bool = False):
+        self.device = device
+        present = {
+            "gamma": norm.operands.gamma,
+            "beta": norm.operands.beta,
+            "dgamma": dgamma,
+            "dbeta": dbeta,
+            "sums": dgamma or dbeta,
+        }
+        self._absent = {name for name, is_there in present.items() if not is_there}
+        self.has_sums = present["sums"]
+        _, _, self.groups, self.members, _ = norm.geometry.extents
+        self._values = {
+            "epsilon": norm.epsilon,
+            "GROUPS": self.groups,
+            "MEMBERS": self.members,
+            "SUBTRACT_MEAN": norm.subtract_mean,
+            "ACTIVATION": norm.activation.name,
+            "SLOPE": float(norm.activation.slope),
+        }
 
-def _parameters(norm: Norm) -> tuple:
-    gamma, beta = norm.operands.gamma, norm.operands.beta
-    return ("gamma" if gamma else None, "beta" if beta else None)
+    def launch(self, kernel, programs: int, threads: int, writes: tuple, /, **values) -> Launch:
+        """A launch of a kernel, whose parameters say by their names what they are given.
 
+        A buffer is one that the kernel writes, or else has a name in capitals and no value.
+        """
+        values = {**self._values, **values}
+        names, constants = parameters_of(kernel)
+        numbers = [name for name in names if name in values]
+        buffers = [name.lower() for name in names if name not in values]
+        reads = buffers[: -len(writes)]
+        if buffers[-len(writes) :] != list(writes):
+            raise TypeError(f"{kernel.__name__} writes {buffers[-len(writes) :]}, not {writes}")
+        return Launch(
+            kernel,
+            programs,
+            tuple(None if name in self._absent else name for name in reads),
+            tuple(None if name in self._absent else name for name in writes),
+            tuple(values[name] for name in numbers),
+            {name: values[name] for name in constants},
+            threads,
+        )
 
-def _activation(norm: Norm) -> dict:
-    return {"ACTIVATION": norm.activation.name, "SLOPE": float(norm.activation.slope)}
-
-
-def _sum_parameters(count: int, channels: int, wanted: tuple) -> tuple[Launch, ...]:
-    """The launch that sums up `sums`, if anyone asks for it."""
-    if wanted == (None, None):
-        return ()
-    block_channels = min(32, power_of_2(channels))
-    block_rows = min(power_of_2(count), 4096 // block_channels)
-    return (
-        Launch(
+    def summed(self, launches: tuple, count: int, channels: int, scratch=None) -> Pass:
+        """The pass of launches that leave `count` sums for each channel's dgamma and dbeta."""
+        scratch = scratch or {}
+        if not self.has_sums:
+            return Pass(launches, scratch)
+        block_channels = min(32, power_of_2(channels))
+        block_rows = min(power_of_2(count), _TILE // block_channels)
+        last = self.launch(
             pieces.sum_parameters,
             divided(channels, block_channels),
-            ("sums",),
-            wanted,
-            (count, channels),
-            {"BLOCK_ROWS": block_rows, "BLOCK_CHANNELS": block_channels},
             _threads(block_rows * block_channels),
-        ),
-    )
-
-
-def _summed(launches: tuple, count: int, channels: int, wanted: tuple, scratch=None) -> Pass:
-    """The pass of these launches, which leave `count` rows of sums for dgamma and dbeta."""
-    scratch = scratch or {}
-    if wanted != (None, None):
-        scratch = {**scratch, "sums": count * 2 * channels}
-    return Pass((*launches, *_sum_parameters(count, channels, wanted)), scratch)
+            ("dgamma", "dbeta"),
+            rows=count,
+            channels=channels,
+            BLOCK_ROWS=block_rows,
+            BLOCK_CHANNELS=block_channels,
+        )
+        return Pass((*launches, last), {**scratch, "sums": count * 2 * channels})
 
 
 # Rows
 
 
-def _rows_blocks(members: int) -> dict:
-    block = power_of_2(members)
-    return {"BLOCK_OUTER": max(1, _TILE // block), "BLOCK_MEMBERS": block}
-
-
-def _rows_forward(norm, outer, groups, members):
-    blocks = _rows_blocks(members)
-    elements = blocks["BLOCK_OUTER"] * blocks["BLOCK_MEMBERS"]
-    return Launch(
+def _rows_forward(call: _Call, outer: int) -> Pass:
+    block = power_of_2(call.members)
+    block_outer = max(1, _TILE // block)
+    launch = call.launch(
         rows.forward,
-        divided(outer, blocks["BLOCK_OUTER"]) * groups,
-        ("x", *_parameters(norm)),
+        divided(outer, block_outer) * call.groups,
+        _threads(block_outer * block),
         ("y", "statistics"),
-        (outer, norm.epsilon),
-        {
-            "GROUPS": groups,
-            "MEMBERS": members,
-            "SUBTRACT_MEAN": norm.subtract_mean,
-            **_activation(norm),
-            **blocks,
-        },
-        _threads(elements, 1024),
+        outer=outer,
+        BLOCK_OUTER=block_outer,
+        BLOCK_MEMBERS=block,
     )
+    return Pass((launch,), {})
 
 
-def _rows_backward(norm, outer, groups, members, device, wanted):
-    blocks = _rows_blocks(members)
-    elements = blocks["BLOCK_OUTER"] * blocks["BLOCK_MEMBERS"]
-    chunks = divided(outer, blocks["BLOCK_OUTER"])
-    chunks = min(chunks, divided(device.multiprocessors * _PERSISTENT, groups))
-    launch = Launch(
+def _rows_backward(call: _Call, outer: int) -> Pass:
+    block = power_of_2(call.members)
+    block_outer = max(1, _TILE // block)
+    most = divided(call.device.multiprocessors * _PERSISTENT, call.groups)
+    chunks = min(divided(outer, block_outer), most)
+    launch = call.launch(
         rows.backward,
-        chunks * groups,
-        ("x", *_parameters(norm), "statistics", "dy"),
-        ("dx", None if wanted == (None, None) else "sums"),
-        (outer, chunks),
-        {
-            "GROUPS": groups,
-            "MEMBERS": members,
-            "SUBTRACT_MEAN": norm.subtract_mean,
-            **_activation(norm),
-            **blocks,
-        },
-        _threads(2 * elements),
+        chunks * call.groups,
+        _threads(block_outer * block, each=16),
+        ("dx", "sums"),
+        outer=outer,
+        chunks=chunks,
+        BLOCK_OUTER=block_outer,
+        BLOCK_MEMBERS=block,
     )
-    return _summed((launch,), chunks, groups * members, wanted)
-
-
-def _long_rows_gradient(norm, sets, device, wanted):
-    block = 1024
-    blocks = divided(sets.groups * sets.positions, block)
-    chunks = min(sets.outer, max(1, device.multiprocessors * _PIECES // blocks))
-    rows_of_chunk = divided(sets.outer, chunks)
-    chunks = divided(sets.outer, rows_of_chunk)
-    launch = Launch(
-        rows.gradient,
-        blocks * chunks,
-        ("x", *_parameters(norm), "statistics", "dy", "means"),
-        ("dx", None if wanted == (None, None) else "sums"),
-        (sets.outer, rows_of_chunk),
-        {
-            "GROUPS": sets.groups,
-            "MEMBERS": sets.positions,
-            "SUBTRACT_MEAN": norm.subtract_mean,
-            **_activation(norm),
-            "BLOCK": block,
-        },
-        128,
-    )
-    return launch, chunks
+    return call.summed((launch,), chunks, call.groups * call.members)
 
 
 # Kept
@@ -198,283 +180,240 @@ def _long_rows_gradient(norm, sets, device, wanted):
 
 def _kept_blocks(members: int, after: int, most: int) -> dict:
     block_after = min(_NEIGHBOURS, power_of_2(after))
-    return {
-        "BLOCK_MEMBERS": min(power_of_2(members), most // block_after),
-        "BLOCK_AFTER": block_after,
-    }
+    block_members = power_of_2(members)
+    if block_members * block_after > most:
+        block_members = _TILE // block_after
+    return {"BLOCK_MEMBERS": block_members, "BLOCK_AFTER": block_after}
 
 
-def _kept_constants(norm, members, blocks):
-    return {
-        "MEMBERS": members,
-        "SUBTRACT_MEAN": norm.subtract_mean,
-        **_activation(norm),
-        **blocks,
-    }
-
-
-def _kept_forward(norm, outer, members, after):
+def _kept_forward(call: _Call, outer: int, members: int, after: int) -> Pass:
     blocks = _kept_blocks(members, after, _MOST)
-    return Launch(
+    launch = call.launch(
         kept.forward,
         outer * divided(after, blocks["BLOCK_AFTER"]),
-        ("x", *_parameters(norm)),
+        _threads(blocks["BLOCK_MEMBERS"] * blocks["BLOCK_AFTER"]),
         ("y", "statistics"),
-        (after, norm.epsilon),
-        _kept_constants(norm, members, blocks),
-        _threads(blocks["BLOCK_MEMBERS"] * blocks["BLOCK_AFTER"], 1024),
-    )
-
-
-def _kept_backward(norm, outer, members, after, device, wanted):
-    blocks = _kept_blocks(members, after, _MOST_BACKWARD)
-    units = outer * divided(after, blocks["BLOCK_AFTER"])
-    is_whole = blocks["BLOCK_MEMBERS"] >= members
-    programs = min(units, device.multiprocessors * _PERSISTENT) if is_whole else units
-    launch = Launch(
-        kept.backward if is_whole else kept.backward_in_blocks,
-        programs,
-        ("x", *_parameters(norm), "statistics", "dy"),
-        ("dx", None if wanted == (None, None) else "sums"),
-        (outer, after, programs) if is_whole else (after,),
-        _kept_constants(norm, members, blocks),
-        _threads(2 * blocks["BLOCK_MEMBERS"] * blocks["BLOCK_AFTER"]),
-    )
-    return _summed((launch,), programs, members, wanted)
-
-
-# Runs and columns, and rows in pieces
-
-
-def _whole_blocks(sets: _Sets, most: int) -> dict | None:
-    """The blocks with which a program holds whole sets, None where it cannot."""
-    members, positions = power_of_2(sets.members), power_of_2(sets.positions)
-    of_set = members * positions
-    if sets.runs > 1 or sets.of_elements or of_set > most:
-        return None
-    groups = max(1, _TILE // of_set)
-    if sets.channels_last:
-        # Neighbours in memory are channels, of which a set may have one or two.
-        groups = max(groups, min(divided(_NEIGHBOURS, members), most // of_set))
-    return {
-        "BLOCK_GROUPS": min(groups, power_of_2(sets.groups)),
-        "BLOCK_MEMBERS": members,
-        "BLOCK_POSITIONS": positions,
-    }
-
-
-def _whole_constants(norm, sets, blocks):
-    return {
-        "GROUPS": sets.groups,
-        "MEMBERS": sets.members,
-        "CHANNELS_LAST": sets.channels_last,
-        "SUBTRACT_MEAN": norm.subtract_mean,
-        **_activation(norm),
+        after=after,
         **blocks,
-    }
+    )
+    return Pass((launch,), {})
 
 
-def _elements(blocks: dict) -> int:
-    return blocks["BLOCK_GROUPS"] * blocks["BLOCK_MEMBERS"] * blocks["BLOCK_POSITIONS"]
+def _kept_backward(call: _Call, outer: int, members: int, after: int) -> Pass:
+    blocks = _kept_blocks(members, after, _MOST_BACKWARD)
+    threads = _threads(blocks["BLOCK_MEMBERS"] * blocks["BLOCK_AFTER"], each=16)
+    programs = outer * divided(after, blocks["BLOCK_AFTER"])
+    kernel = kept.backward_in_blocks
+    if blocks["BLOCK_MEMBERS"] >= members:
+        programs = min(programs, call.device.multiprocessors * _PERSISTENT)
+        kernel = kept.backward
+    given = {"outer": outer, "after": after, "programs": programs}
+    launch = call.launch(kernel, programs, threads, ("dx", "sums"), **given, **blocks)
+    return call.summed((launch,), programs, members)
 
 
-def _has_a_program_each(sets: _Sets, device: Device) -> bool:
-    """Whether there are sets enough that each has one program, which reads it twice."""
-    contiguous = sets.runs == 1 and not sets.channels_last and not sets.of_elements
-    return contiguous and sets.count >= 2 * device.multiprocessors
+# Runs and columns, and long rows
 
 
-def _runs_blocks(sets: _Sets, tile: int) -> dict:
-    positions = min(power_of_2(sets.positions), tile)
-    return {
-        "BLOCK_MEMBERS": min(power_of_2(sets.members), tile // positions),
-        "BLOCK_POSITIONS": positions,
-    }
+class _Sets(NamedTuple):
+    """The sets of a norm as (outer, channels, positions) or (outer, positions, channels).
+
+    Args:
+        outer: how many samples.
+        runs: of positions in a sample, where there is something before its channels, and after.
+        positions: of a run.
+        groups, members: of the channels.
+        channels_last: whether these lie last.
+        of_elements: whether these are the sets themselves, rows with a gamma for each position.
+    """
+
+    outer: int
+    runs: int
+    positions: int
+    groups: int
+    members: int
+    channels_last: bool = False
+    of_elements: bool = False
+
+    @classmethod
+    def of(cls, norm: Norm) -> "_Sets":
+        outer, before, groups, members, after = norm.geometry.extents
+        if before == after == 1:
+            return cls(outer, 1, members, groups, 1, of_elements=True)
+        if after == 1:
+            return cls(outer, 1, before, groups, members, channels_last=True)
+        return cls(outer, before, after, groups, members)
+
+    @property
+    def channels(self) -> int:
+        return self.groups * self.members
+
+    def fit(self, most: int) -> bool:
+        """Whether a program can hold a whole set, padded to powers of 2."""
+        padded = power_of_2(self.members) * power_of_2(self.positions)
+        return self.runs == 1 and not self.of_elements and padded <= most
+
+    @property
+    def fit_a_program(self) -> bool:
+        """Whether each is one run, short enough for one program to read it twice."""
+        contiguous = self.runs == 1 and not self.channels_last and not self.of_elements
+        return contiguous and self.members * self.positions <= _MOST_ALONE
 
 
-class _Pieces(NamedTuple):
-    """How sets are cut in pieces: how many, of how many positions, in which tiles."""
-
-    programs: int
-    numbers: tuple[int, int, int, int]
-    tile: dict
-    merged: dict
-    merges: int
-    threads: int
-
-
-def _pieces(sets: _Sets, device: Device) -> _Pieces:
-    """Cut each run in pieces of whole tiles, so that there are programs for the whole device."""
+def _whole_blocks(sets: _Sets, most: int) -> dict:
+    members, positions = power_of_2(sets.members), power_of_2(sets.positions)
+    groups = max(1, _TILE // (members * positions))
     if sets.channels_last:
-        channels = min(power_of_2(sets.channels), 128)
-        if sets.channels % channels and channels > 64:
-            channels = 64
-        positions = max(1, _TILE // channels)
-    else:
-        positions = min(power_of_2(sets.positions), _TILE)
-        channels = min(power_of_2(sets.channels), _TILE // positions)
-    positions = min(positions, power_of_2(sets.positions))
-    others = sets.outer * sets.runs * divided(sets.channels, channels)
-    of_run = max(1, divided(device.multiprocessors * _PIECES, others))
-    of_run = min(of_run, divided(sets.positions, positions))
-    length = divided(divided(sets.positions, of_run), positions) * positions
-    of_run = divided(sets.positions, length)
-    count = of_run * sets.runs
-    members = min(power_of_2(sets.members), 1024)
-    merged_pieces = min(power_of_2(count), 512, max(1, 2048 // members))
-    groups = min(power_of_2(sets.groups), max(1, 2048 // (members * merged_pieces)))
-    return _Pieces(
-        others * of_run,
-        (sets.positions, count, of_run, length),
-        {"BLOCK_CHANNELS": channels, "BLOCK_POSITIONS": positions},
-        {
+        # The neighbours in memory are channels.
+        groups = max(groups, min(divided(_NEIGHBOURS, members), most // (members * positions)))
+    groups = min(groups, power_of_2(sets.groups))
+    return {"BLOCK_GROUPS": groups, "BLOCK_MEMBERS": members, "BLOCK_POSITIONS": positions}
+
+
+def _whole(call: _Call, sets: _Sets, kernel, most: int, writes: tuple) -> Launch:
+    blocks = _whole_blocks(sets, most)
+    groups, members, positions = blocks.values()
+    return call.launch(
+        kernel,
+        sets.outer * divided(sets.groups, groups),
+        _threads(groups * members * positions, each=16),
+        writes,
+        positions=sets.positions,
+        CHANNELS_LAST=sets.channels_last,
+        **blocks,
+    )
+
+
+def _whole_forward(call: _Call, sets: _Sets) -> Pass:
+    launch = _whole(call, sets, whole.forward, _MOST_WHOLE, ("y", "statistics"))
+    return Pass((launch,), {})
+
+
+def _whole_backward(call: _Call, sets: _Sets) -> Pass:
+    launch = _whole(call, sets, whole.backward, _MOST_BACKWARD, ("dx", "sums"))
+    return call.summed((launch,), sets.outer, sets.channels)
+
+
+def _runs(call: _Call, sets: _Sets, kernel, tile: int, writes: tuple) -> Launch:
+    positions = min(power_of_2(sets.positions), tile)
+    return call.launch(
+        kernel,
+        sets.outer * sets.groups,
+        512,
+        writes,
+        positions=sets.positions,
+        BLOCK=tile,
+        BLOCK_MEMBERS=min(power_of_2(sets.members), tile // positions),
+        BLOCK_POSITIONS=positions,
+    )
+
+
+def _runs_forward(call: _Call, sets: _Sets) -> Pass:
+    return Pass((_runs(call, sets, runs.forward, 2 * _TILE, ("y", "statistics")),), {})
+
+
+def _runs_backward(call: _Call, sets: _Sets) -> Pass:
+    launch = _runs(call, sets, runs.backward, _TILE, ("dx", "sums"))
+    return call.summed((launch,), sets.outer, sets.channels)
+
+
+class _Pieces:
+    """How sets are cut in pieces: what the kernels of pieces.py are told of it.
+
+    Attributes:
+        count: the pieces of a sample.
+        programs, tile: of the kernels that read pieces.
+        merges, merged: the programs and blocks of those that merge them.
+    """
+
+    def __init__(self, sets: _Sets, device: Device):
+        channels, positions = _tile(sets)
+        blocks = divided(sets.channels, channels)
+        wanted = divided(device.multiprocessors * _PIECES, blocks * sets.runs)
+        most = divided(sets.positions, positions * _TILES)
+        length = divided(divided(sets.positions, min(wanted, most)), positions) * positions
+        of_run = divided(sets.positions, length)
+        self.count = of_run * sets.runs
+        self.programs = sets.outer * self.count * blocks
+        self.threads = _threads(channels * positions)
+        cut = {
+            "positions": sets.positions,
+            "pieces": self.count,
+            "pieces_of_run": of_run,
+            "length": length,
             "GROUPS": sets.groups,
             "MEMBERS": sets.members,
+        }
+        self.tile = {
+            **cut,
+            "channels": sets.channels,
+            "CHANNELS_LAST": sets.channels_last,
+            "OF_ELEMENTS": sets.of_elements,
+            "BLOCK_CHANNELS": channels,
+            "BLOCK_POSITIONS": positions,
+        }
+        members = min(power_of_2(sets.members), 1024)
+        at_once = min(power_of_2(self.count), 512, 2048 // members)
+        groups = min(power_of_2(sets.groups), 2048 // (members * at_once))
+        self.merges = sets.outer * divided(sets.groups, groups)
+        self.merged = {
+            **cut,
             "BLOCK_GROUPS": groups,
             "BLOCK_MEMBERS": members,
-            "BLOCK_PIECES": merged_pieces,
-        },
-        sets.outer * divided(sets.groups, groups),
-        _threads(channels * positions),
-    )
-
-
-def _of_sets_forward(norm: Norm, sets: _Sets, device: Device) -> Pass:
-    x, y = ("x", *_parameters(norm)), ("y", "statistics")
-    if (blocks := _whole_blocks(sets, _MOST_WHOLE)) is not None:
-        launch = Launch(
-            whole.forward,
-            sets.outer * divided(sets.groups, blocks["BLOCK_GROUPS"]),
-            x,
-            y,
-            (sets.positions, norm.epsilon),
-            _whole_constants(norm, sets, blocks),
-            _threads(2 * _elements(blocks), 1024),
-        )
-        return Pass((launch,), {})
-    if _has_a_program_each(sets, device):
-        constants = {
-            "GROUPS": sets.groups,
-            "MEMBERS": sets.members,
-            "SUBTRACT_MEAN": norm.subtract_mean,
-            **_activation(norm),
-            "BLOCK": 2 * _TILE,
-            **_runs_blocks(sets, 2 * _TILE),
+            "BLOCK_PIECES": at_once,
         }
-        numbers = (sets.positions, norm.epsilon)
-        return Pass((Launch(runs.forward, sets.count, x, y, numbers, constants, 512),), {})
-    cut = _pieces(sets, device)
-    moments = Launch(
-        pieces.moments,
-        cut.programs,
-        ("x",),
-        ("parts",),
-        (sets.channels, *cut.numbers),
-        {
-            "CHANNELS_LAST": sets.channels_last,
-            "SUBTRACT_MEAN": norm.subtract_mean,
-            **cut.tile,
-        },
-        cut.threads,
+
+
+def _tile(sets: _Sets) -> tuple[int, int]:
+    """The channels and positions that a program reads at a time."""
+    if not sets.channels_last:
+        positions = min(power_of_2(sets.positions), _TILE)
+        return min(power_of_2(sets.channels), _TILE // positions), positions
+    channels = min(power_of_2(sets.channels), 128)
+    if sets.channels % channels:
+        # 320 channels would leave 64 of the third 128 idle.
+        channels = min(channels, 64)
+    return channels, min(power_of_2(sets.positions), _TILE // channels)
+
+
+def _pieces_forward(call: _Call, sets: _Sets) -> Pass:
+    cut = _Pieces(sets, call.device)
+    launches = (
+        call.launch(pieces.moments, cut.programs, cut.threads, ("parts",), **cut.tile),
+        call.launch(pieces.merge_moments, cut.merges, 128, ("statistics",), **cut.merged),
+        call.launch(pieces.apply, cut.programs, cut.threads, ("y",), **cut.tile),
     )
-    merge = Launch(
-        pieces.merge_moments,
-        cut.merges,
-        ("parts",),
-        ("statistics",),
-        (*cut.numbers, norm.epsilon),
-        cut.merged,
-        128,
-    )
-    apply = Launch(
-        pieces.apply,
-        cut.programs,
-        (*x, "statistics"),
-        ("y",),
-        cut.numbers,
-        _applied(norm, sets, cut),
-        cut.threads,
-    )
-    scratch = {"parts": sets.outer * cut.numbers[1] * 2 * sets.channels}
-    return Pass((moments, merge, apply), scratch)
+    return Pass(launches, {"parts": sets.outer * cut.count * 2 * sets.channels})
 
 
-def _applied(norm, sets, cut):
-    return {
-        "GROUPS": sets.groups,
-        "MEMBERS": sets.members,
-        "CHANNELS_LAST": sets.channels_last,
-        "OF_ELEMENTS": sets.of_elements,
-        **_activation(norm),
-        **cut.tile,
-    }
-
-
-def _of_sets_backward(norm: Norm, sets: _Sets, device: Device, wanted: tuple) -> Pass:
-    given = ("x", *_parameters(norm), "statistics", "dy")
-    summed = None if wanted == (None, None) else "sums"
-    if (blocks := _whole_blocks(sets, _MOST_BACKWARD)) is not None:
-        launch = Launch(
-            whole.backward,
-            sets.outer * divided(sets.groups, blocks["BLOCK_GROUPS"]),
-            given,
-            ("dx", summed),
-            (sets.positions,),
-            _whole_constants(norm, sets, blocks),
-            _threads(2 * _elements(blocks)),
-        )
-        return _summed((launch,), sets.outer, sets.channels, wanted)
-    if _has_a_program_each(sets, device):
-        constants = {
-            "GROUPS": sets.groups,
-            "MEMBERS": sets.members,
-            "SUBTRACT_MEAN": norm.subtract_mean,
-            **_activation(norm),
-            **_runs_blocks(sets, _TILE),
-        }
-        launch = Launch(
-            runs.backward, sets.count, given, ("dx", summed), (sets.positions,), constants, 512
-        )
-        return _summed((launch,), sets.outer, sets.channels, wanted)
-
-    cut = _pieces(sets, device)
-    sums = Launch(
-        pieces.sums,
-        cut.programs,
-        given,
-        ("parts",),
-        cut.numbers,
-        _applied(norm, sets, cut),
-        cut.threads,
-    )
-    # Of rows the sums have gamma in them already, and are none of a parameter.
-    merge = Launch(
-        pieces.merge_sums,
-        cut.merges,
-        ("parts", None if sets.of_elements else _parameters(norm)[0]),
-        (None if sets.of_elements else summed, "means"),
-        cut.numbers,
-        cut.merged,
-        128,
+def _pieces_backward(call: _Call, sets: _Sets) -> Pass:
+    cut = _Pieces(sets, call.device)
+    # Of rows the sums have gamma in them already, and are of no parameter.
+    merge = pieces.merge_sums_of_rows if sets.of_elements else pieces.merge_sums
+    writes = ("means",) if sets.of_elements else ("sums", "means")
+    launches = (
+        call.launch(pieces.sums, cut.programs, cut.threads, ("parts",), **cut.tile),
+        call.launch(merge, cut.merges, 128, writes, **cut.merged),
     )
     scratch = {
-        "parts": sets.outer * cut.numbers[1] * 2 * sets.channels,
+        "parts": sets.outer * cut.count * 2 * sets.channels,
         "means": sets.outer * 2 * sets.groups,
     }
-    if sets.of_elements:
-        launch, chunks = _long_rows_gradient(norm, sets, device, wanted)
-        channels = sets.groups * sets.positions
-        return _summed((sums, merge, launch), chunks, channels, wanted, scratch)
-    constants = _applied(norm, sets, cut)
-    constants["SUBTRACT_MEAN"] = norm.subtract_mean
-    order = pieces.gradient.arg_names
-    launch = Launch(
-        pieces.gradient,
-        cut.programs,
-        (*given, "means"),
-        ("dx",),
-        cut.numbers,
-        {name: constants[name] for name in order if name in constants},
-        cut.threads,
+    if not sets.of_elements:
+        last = call.launch(pieces.gradient, cut.programs, cut.threads, ("dx",), **cut.tile)
+        return call.summed((*launches, last), sets.outer, sets.channels, scratch)
+    channels, block = sets.groups * sets.positions, 1024
+    blocks = divided(channels, block)
+    chunks = min(sets.outer, divided(call.device.multiprocessors * _PIECES, blocks))
+    rows_of_chunk = divided(sets.outer, chunks)
+    chunks = divided(sets.outer, rows_of_chunk)
+    last = call.launch(
+        rows.gradient,
+        blocks * chunks,
+        _threads(block),
+        ("dx", "sums"),
+        outer=sets.outer,
+        rows_of_chunk=rows_of_chunk,
+        BLOCK=block,
     )
-    return _summed((sums, merge, launch), sets.outer, sets.channels, wanted, scratch)
+    return call.summed((*launches, last), chunks, channels, scratch)

@@ -79,9 +79,9 @@ def forward(
             there = exists[:, None] & (position < positions)[None, :]
             place = members[:, None].to(tl.int64) * positions + position[None, :]
             # Nobody reads it again: it shall not displace what other programs are about to.
-            x = tl.load(
-                x_of_set + place, mask=there, other=0.0, eviction_policy="evict_first"
-            ).to(tl.float32)
+            x = tl.load(x_of_set + place, mask=there, other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
             y = result((x - mean) * inv_std, gamma, beta, ACTIVATION, SLOPE)
             tl.store(
                 y_of_set + place,
@@ -156,9 +156,9 @@ def backward(
             position = start + tl.arange(0, BLOCK_POSITIONS)
             there = exists[:, None] & (position < positions)[None, :]
             place = members[:, None].to(tl.int64) * positions + position[None, :]
-            x = tl.load(
-                x_of_set + place, mask=there, other=0.0, eviction_policy="evict_first"
-            ).to(tl.float32)
+            x = tl.load(x_of_set + place, mask=there, other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
             dy = tl.load(
                 dy_of_set + place, mask=there, other=0.0, eviction_policy="evict_first"
             ).to(tl.float32)
