@@ -6,6 +6,7 @@ import os
 import pathlib
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -79,6 +80,8 @@ def cores() -> int:
 
 def _commit() -> str:
     """The commit's hash, with `-dirty` where files differ from it; empty outside of a checkout."""
+    if shutil.which("git") is None:
+        return ""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     return subprocess.run(
         describe, cwd=ROOT, capture_output=True, text=True, check=False
