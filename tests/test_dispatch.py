@@ -468,7 +468,7 @@ def test_explain_asks_for_the_device(monkeypatch):
 
         monkeypatch.setattr(tensorflow, "_has_accelerator", lambda: True)
     else:
-        elsewhere = types.SimpleNamespace(device="cuda:0", is_cpu=False, is_meta=False)
+        elsewhere = types.SimpleNamespace(is_cpu=False, is_meta=False, is_cuda=False)
         monkeypatch.setattr(keras.ops, "zeros", lambda *args: elsewhere)
     choice = normwise.explain(ops.layer_norm, (2, 6))
     assert choice.kernel in ("composite", "torch")

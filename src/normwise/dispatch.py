@@ -111,11 +111,11 @@ def choose(norm: Norm, x: Tensor | None = None) -> Choice:
         else:
             reason = kernel.why_not(norm, x)
         if reason is None:
-            return _chosen(kernel, against) if against else _taken(kernel)
+            return _chosen(kernel, against, x) if against else _taken(kernel)
         against.append((kernel, reason))
     raise RuntimeError(
-        f"use_kernels('native') is in force, but {_of_engines(against)}; use_kernels('auto') takes "
-        "the next best kernel here"
+        f"use_kernels('native') is in force, but {_of_engines(against, x)}; use_kernels('auto') "
+        "takes the next best kernel here"
     )
 
 
@@ -124,13 +124,16 @@ def _taken(kernel: Kernel) -> Choice:
     return Choice(kernel.name, f"the {kernel.name} kernels can take it", run=kernel.run)
 
 
-def _chosen(kernel: Kernel, against: Sequence[tuple[Kernel, str]]) -> Choice:
+def _chosen(kernel: Kernel, against: Sequence[tuple[Kernel, str]], x: Tensor | None) -> Choice:
     """A kernel that was chosen after others: for want of an engine, or an engine itself."""
-    since = _of_engines(against)
+    since = _of_engines(against, x)
     reason = _taken(kernel).reason if kernel.engine else kernel.since.format(since)
     rejected = tuple((other.name, words) for other, words in against)
     return Choice(kernel.name, reason, rejected, kernel.run)
 
 
-def _of_engines(against: Sequence[tuple[Kernel, str]]) -> str:
-    return "; ".join(dict.fromkeys(reason for kernel, reason in against if kernel.engine))
+def _of_engines(against: Sequence[tuple[Kernel, str]], x: Tensor | None) -> str:
+    """The reasons against the engines for the device of x, or against all where there is none."""
+    engines = [(kernel, reason) for kernel, reason in against if kernel.engine]
+    here = [reason for kernel, reason in engines if not kernel.is_elsewhere(x)]
+    return "; ".join(dict.fromkeys(here or [reason for _, reason in engines]))

@@ -17,6 +17,8 @@ class Kernel:
         engine: whether it is an engine's, or made of the framework's own operations.
         since: of one that is no engine's, what is said where it is chosen; {} is the reasons
             against the engines.
+        is_elsewhere: called with x, or None as `why_not`; whether this kernel is for other devices
+            than that of x, which is no reason for another to be chosen.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Kernel:
     run: Callable
     engine: bool = True
     since: str = "{}"
+    is_elsewhere: Callable = lambda x: False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from normwise import geometry as geometries
 from normwise.geometry import Geometry
-from normwise.kernels import composite, cpu, gpu, library, private, torch_gpu
+from normwise.kernels import composite, cpu, gpu, library, private, torch_gpu, torch_op
 from normwise.kernels.kernel import Engine, Kernel
 from normwise.norm import Norm, Operands
 
@@ -34,14 +34,14 @@ def kernel_of(engine: Engine) -> Kernel:
 
     def why_not(norm, x):
         x = _asked_about(x)
-        if not (x.is_cpu or x.is_meta):
-            return "the native kernels run on the CPU, and x is elsewhere"
+        if _is_off_cpu(x):
+            return f"the {engine.name} kernels run on the CPU, and x does not lie there"
         return engine.why_not(norm) or _why_not_here(x)
 
     def run(norm, x, operands):
         return _run(engine, norm, x, operands)
 
-    return Kernel(engine.name, why_not, run)
+    return Kernel(engine.name, why_not, run, is_elsewhere=_is_off_cpu)
 
 
 def _asked_about(x):
@@ -49,11 +49,21 @@ def _asked_about(x):
     return keras.ops.zeros((1,)) if x is None else x
 
 
+def _is_off_cpu(x) -> bool:
+    x = _asked_about(x)
+    return not (x.is_cpu or x.is_meta)
+
+
+def _is_off_gpu(x) -> bool:
+    x = _asked_about(x)
+    return not (x.is_cuda or (gpu.interpreted() and x.is_cpu))
+
+
 def _why_not_on_gpu(norm: Norm, x) -> str | None:
     """Why the Triton kernels cannot take `x` here and now, or None."""
     x = _asked_about(x)
-    if not (x.is_cuda or (gpu.interpreted() and x.is_cpu)):
-        return "the Triton kernels run on a GPU, and x is elsewhere"
+    if _is_off_gpu(x):
+        return "the Triton kernels run on a GPU, and x does not lie there"
     return gpu.why_not(norm) or _why_not_here(x)
 
 
@@ -65,17 +75,30 @@ def _why_not_here(x) -> str | None:
     """Why no engine can take `x` here and now, or None."""
     if _LACKS is not None:
         return _LACKS
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return "this call is traced, by torch.compile or for an export"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "this call is traced for an export"
+    if torch.compiler.is_compiling():
+        return _why_not_transformed()
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return f"x is a {type(x).__name__}, which has no memory of its own"
+    if (reason := _transformed()) is not None:
+        return reason
+    if _modes() and _is_recorded():
+        return "a graph of this call is recorded, and knows torch's own functions only"
+    return None
+
+
+def _transformed() -> str | None:
+    """Why a call cannot be an engine's that torch takes derivatives of by other means, or None."""
     if _interpreter() is not None:
         return "torch.func transforms this call, and sees into torch's own functions only"
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are taken, and only torch's own functions have them"
-    if _modes() and _is_recorded():
-        return "a graph of this call is recorded, and knows torch's own functions only"
     return None
+
+
+# Dynamo transforms what it traces, but traces no question whether it does so.
+_why_not_transformed = torch.compiler.assume_constant_result(_transformed)
 
 
 def _is_recorded() -> bool:
@@ -94,6 +117,10 @@ def _run(engine: Engine, norm: Norm, x, operands: Operands):
     moved = not x.is_contiguous() and _takes_channels(norm.geometry) and _is_channels_last(x)
     if moved:
         x, norm = x.movedim(1, -1), _moved(norm)
+    if torch.compiler.is_compiling():
+        y = torch_op.run(norm, x.contiguous(), operands.gamma, operands.beta)
+        y = y.movedim(-1, 1) if moved else y
+        return y if norm.y_dtype == y_dtype else y.to(getattr(torch, y_dtype))
     x = _plain(x)
     gamma, beta = _beside(x, "gamma", operands.gamma), _beside(x, "beta", operands.beta)
     call = _call(engine, norm)
@@ -153,6 +180,15 @@ class _Call:
 
 
 _call = functools.lru_cache(maxsize=1024)(_Call)
+
+
+def _call_compiled(norm: Norm, x):
+    """What an operator in a compiled graph does with x."""
+    on_gpu = x.is_cuda or gpu.interpreted()
+    return _call(torch_gpu.engine(x.device) if on_gpu else cpu.ENGINE, norm)
+
+
+torch_op.implement(_call_compiled)
 
 
 class _Function(torch.autograd.Function):
@@ -383,7 +419,10 @@ def _fused_group_norm(x, gamma, beta, geometry: Geometry, epsilon: float):
 
 def _engines() -> tuple[Kernel, ...]:
     """Those of the CPU and of GPUs, of which the one that will have most calls is asked first."""
-    native, on_gpu = _native(), Kernel(gpu.NAME, _why_not_on_gpu, _run_on_gpu)
+    native, on_gpu = (
+        _native(),
+        Kernel(gpu.NAME, _why_not_on_gpu, _run_on_gpu, is_elsewhere=_is_off_gpu),
+    )
     first = gpu.interpreted() or torch.cuda.is_available()
     return (on_gpu, native) if first else (native, on_gpu)
 

@@ -27,11 +27,8 @@ def parameter(POINTER, index, there, absent: tl.constexpr):
 def activated(z, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """The activation of z, by its name in `activations.NAMES`."""
     if ACTIVATION == "leaky_relu":
-        # By `z < 0`, so that NaN stays NaN; and without a product, which were NaN of 0 and infinity.
-        if SLOPE == 0:
-            z = tl.where(z < 0, 0.0, z)
-        else:
-            z = tl.where(z < 0, z * SLOPE, z)
+        # By `z < 0`, so that NaN stays NaN.
+        z = tl.where(z < 0, z * SLOPE, z)
     elif ACTIVATION == "sigmoid":
         z = tl.sigmoid(z)
     elif ACTIVATION == "tanh":
