@@ -14,6 +14,10 @@ INSTALL = $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable
 EXTRAS = $(BACKENDS:tensorflow=tensorflow-cpu)
 INSTALLED = $(VENV)/.tools-$(subst $() ,-,$(strip $(BACKENDS)))
 
+# Beside JAX and not in it: what programs for GPUs are compiled with, on a machine without one.
+JAX_GPU = $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-deps --upgrade \
+	--target $(VENV)/jax-gpu jax-cuda12-plugin || echo no plugin of JAX for GPUs: its tests are skipped
+
 FUZZ = build/sanitized/fuzz build/plain/fuzz
 
 .PHONY: tutorial test lint fuzz bench figures clean
@@ -94,6 +98,7 @@ $(FUZZ): build/%/fuzz: $(INSTALLED) CMakeLists.txt $(wildcard csrc/*)
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*) | $(VENV)
 	$(INSTALL) '.[tools $(EXTRAS:%=,%)]'
+	$(if $(filter jax,$(BACKENDS)),$(JAX_GPU))
 	touch $@
 
 clean:

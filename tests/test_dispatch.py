@@ -29,7 +29,7 @@ from typer.testing import CliRunner
 import normwise
 from normwise import activations, cli, dispatch, doctor, geometry, layers, ops
 from normwise.dispatch import Choice
-from normwise.kernels import environment, library
+from normwise.kernels import environment, gpu, library
 from normwise.norm import Norm, Operands
 
 built = pytest.mark.skipif(library.path() is None, reason="the native library was not built")
@@ -260,6 +260,9 @@ def test_the_doctor_names_versions_backend_and_instructions():
     assert "kernels in force auto" in words
     assert library.instructions() in ("avx512", "avx2", "baseline")
     assert f"{library.instructions()} instructions, up to {library.threads()} threads" in words
+    assert f"GPU {BACKEND} has none" in words
+    assert ("GPU kernels Triton is installed" in words) == (gpu.missing() is None)
+    assert "the Triton kernels run on a GPU" in words or BACKEND == "tensorflow"
     assert doctor.report()["python"].startswith(".".join(map(str, sys.version_info[:3])))
 
 

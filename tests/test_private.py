@@ -6,7 +6,9 @@ import sys
 import pytest
 from frameworks import BACKEND
 
-from normwise.kernels import library, private
+import normwise
+from normwise import ops
+from normwise.kernels import gpu, library, private
 
 NAMES = getattr(private, BACKEND.upper(), {})
 
@@ -65,6 +67,30 @@ def test_without_a_private_name_the_composite_runs(name):
     run = [sys.executable, "-c", WITHOUT, NAMES[name].path]
     process = subprocess.run(run, capture_output=True, text=True)
     assert process.stdout.split() == ["right"], process.stderr
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="of JAX's plugin for GPUs")
+@pytest.mark.parametrize("name", private.JAX_GPU)
+def test_without_a_name_of_the_plugin_the_composite_runs_on_gpus(name, monkeypatch):
+    import jax
+
+    from normwise.kernels import jax as kernel
+    from normwise.kernels import jax_gpu
+
+    path, find = private.JAX_GPU[name].path, private.find
+    others = {each.path: kernel for each in private.JAX_GPU.values() if each.path != path}
+    monkeypatch.setattr(
+        private,
+        "find",
+        lambda wanted: None if wanted == path else others.get(wanted) or find(wanted),
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jax_gpu._why_not_here.cache_clear()
+    choice = normwise.explain(ops.layer_norm, (2, 5, 6))
+    jax_gpu._why_not_here.cache_clear()
+    assert choice.kernel == "composite"
+    if not gpu.missing() and not gpu.interpreted():
+        assert f"lacks {path}, by which normwise learns how to launch" in choice.reason
 
 
 @pytest.mark.parametrize("path", ["no.such.module", "os.path.nothing", "os.nothing.deeper"])

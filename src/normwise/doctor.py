@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from normwise import activations, dispatch, geometry, kernels, ops
-from normwise.kernels import library
+from normwise.kernels import gpu, library
 from normwise.norm import SHARED, Norm, Operands, check_dtype
 from normwise.typing import DType, Shape, Tensor
 
@@ -66,9 +66,18 @@ def _norm(what: Any, shape: Shape, dtype: DType | None, **options: Any) -> Norm:
 
 
 def report() -> dict[str, str]:
-    """What matters for normwise on this machine: versions, backend, CPU and kernels, in words."""
+    """What matters for normwise on this machine: versions, backend, processors and kernels, in words."""
     versions = {}
-    for name in ("normwise", "keras", "tensorflow", "tensorflow-cpu", "jax", "torch", "numpy"):
+    for name in (
+        "normwise",
+        "keras",
+        "tensorflow",
+        "tensorflow-cpu",
+        "jax",
+        "torch",
+        "triton",
+        "numpy",
+    ):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -83,6 +92,8 @@ def report() -> dict[str, str]:
         "Keras backend": keras.backend.backend(),
         "kernels in force": dispatch.mode(),
         "native kernels": native,
+        "GPU": kernels.accelerator() or f"{keras.backend.backend()} has none",
+        "GPU kernels": gpu.missing() or "Triton is installed",
         **{
             f"kernel {kernel.name}": kernel.why_not(usual, None) or "can run here"
             for kernel in kernels.listed()

@@ -22,7 +22,7 @@ import keras
 from normwise.kernels import composite
 from normwise.kernels.kernel import Engine, Kernel
 
-__all__ = ["Engine", "Kernel", "add", "listed", "remove"]
+__all__ = ["Engine", "Kernel", "accelerator", "add", "listed", "remove"]
 
 _added: tuple[Kernel, ...] = ()
 _listed: tuple[Kernel, ...] = ()
@@ -69,6 +69,12 @@ def remove(name: str):
     if name not in names:
         raise ValueError(f"engine {name!r} was not added; those that were are {names}")
     _added, _listed = tuple(kernel for kernel in _added if kernel.name != name), ()
+
+
+def accelerator() -> str | None:
+    """The GPU that the backend puts its tensors on, by the maker's name, or None."""
+    module = _module(keras.backend.backend())
+    return None if module is None else module.accelerator()
 
 
 @functools.cache

@@ -1,9 +1,9 @@
 """Engines as JAX primitives, differentiable to any order and in both modes.
 
 Three primitives carry a norm. `forward` and `backward` are the two passes of the engine; `tangent`
-is the derivative of the first as a linear map, whose transpose is the second. On the CPU the first
-two become calls of the engine, elsewhere and in exported programs what composite.py does; all
-further derivatives are those of composite.py.
+is the derivative of the first as a linear map, whose transpose is the second. On the CPU and on
+GPUs the first two become calls of an engine, elsewhere and in exported programs what composite.py
+does; all further derivatives are those of composite.py.
 
 The primitives always take gamma and beta: one that is absent is an empty vector.
 """
@@ -15,17 +15,17 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType
 
-from normwise.kernels import composite, cpu, library, private, sharded
+from normwise.kernels import composite, cpu, gpu, jax_gpu, library, partitioned, private
 from normwise.kernels.kernel import Engine, Kernel
 from normwise.norm import Norm, Operands
 
 _LACKS = private.missing(private.JAX)
 _PRIVATE = {name: private.find(each.path) for name, each in private.JAX.items()}
+_GPUS = ("cuda", "rocm")
 
 
 def kernel_of(engine: Engine, primitives=None) -> Kernel:
@@ -35,25 +35,42 @@ def kernel_of(engine: Engine, primitives=None) -> Kernel:
         engine: its passes and what it can do.
         primitives: of the engine, by default those that call back to Python.
     """
-    primitives = primitives or _Primitives(engine.name, *_callbacks(engine))
+    primitives = primitives or _Primitives(engine.name, {"cpu": _callbacks(engine)})
 
     def why_not(norm, x):
         return engine.why_not(norm) or _why_not_here()
 
-    return Kernel(engine.name, why_not, primitives.run)
+    return Kernel(engine.name, why_not, primitives.run, is_elsewhere=lambda x: not _on_cpu())
 
 
 def _why_not_here() -> str | None:
-    """Why no engine can be called here and now, or None.
+    """Why no engine of the CPU can be called here and now, or None.
 
     The primitives can go anywhere, so this is a matter of speed: on accelerators XLA fuses the
     composite, derivatives and all.
     """
     if _LACKS is not None:
         return _LACKS
-    if jax.default_backend() != "cpu":
+    if not _on_cpu():
         return f"the native kernels run on the CPU, and JAX runs on {jax.default_backend()}"
     return None
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
+def _on_gpu() -> bool:
+    return jax.default_backend() in ("gpu", *_GPUS)
+
+
+def _why_not_on_gpu(norm: Norm, x) -> str | None:
+    """Why the Triton kernels cannot take a norm here and now, or None."""
+    if _LACKS is not None:
+        return _LACKS
+    if not _on_gpu():
+        return f"the Triton kernels run on a GPU, and JAX runs on {jax.default_backend()}"
+    return jax_gpu.why_not(norm)
 
 
 # What the passes mean: what runs elsewhere and in exported programs, and what has the derivatives.
@@ -102,21 +119,25 @@ def _backward_types(x, gamma, beta, *others, norm):
 
 
 class _Primitives:
-    """The primitives of one engine, with every rule that JAX asks for.
+    """The primitives of engines, one for a platform, with every rule that JAX asks for.
 
     Args:
-        name: of the engine.
-        forward, backward: its passes on arrays of the CPU, called with the operands and the Norm.
+        name: of the engine, or of all.
+        passes: by the name of a platform, the forward and the backward pass on arrays that lie
+            there, called with the operands and the Norm.
     """
 
-    def __init__(self, name, forward, backward):
+    def __init__(self, name, passes):
+        forward, backward = (
+            {platform: both[i] for platform, both in passes.items()} for i in range(2)
+        )
         self.forward = self._primitive(
             f"{name}_forward", _meant_forward, forward, _forward_types, _lowered_forward
         )
         self.backward = self._primitive(
             f"{name}_backward", _meant_backward, backward, _backward_types
         )
-        self.tangent = self._primitive(f"{name}_tangent", _meant_tangent, None, None)
+        self.tangent = self._primitive(f"{name}_tangent", _meant_tangent, {}, None)
         ad.primitive_jvps[self.forward] = self._forward_jvp
         ad.primitive_transposes[self.tangent] = self._tangent_transpose
         ad.primitive_jvps[self.tangent] = functools.partial(_jvp_of, _meant_tangent)
@@ -144,8 +165,8 @@ class _Primitives:
         return y.astype(norm.y_dtype)
 
     @staticmethod
-    def _primitive(name, meaning, native, types, lowered=None):
-        """A primitive that is `native` on the CPU, if it has that, and else `meaning`.
+    def _primitive(name, meaning, natives, types, lowered=None):
+        """A primitive that is what `natives` has for a platform, and elsewhere `meaning`.
 
         In a program that is compiled `lowered` takes the place of `meaning`, if there is one.
         """
@@ -157,12 +178,15 @@ class _Primitives:
         # Of the function and not of the primitive: where jit is disabled or a NaN is sought,
         # the primitive would only call itself.
         def evaluate(*operands, norm):
-            if native is None:
+            if not natives:
                 return meaning(*operands, norm=norm)
             return jax.lax.platform_dependent(
                 *operands,
-                cpu=lambda *operands: native(*operands, norm),
                 default=lambda *operands: tuple(meaning(*operands, norm=norm)),
+                **{
+                    platform: lambda *operands, native=native: native(*operands, norm)
+                    for platform, native in natives.items()
+                },
             )
 
         jitted = jax.jit(evaluate, static_argnames="norm")
@@ -175,10 +199,11 @@ class _Primitives:
         mlir.register_lowering(
             primitive, mlir.lower_fun(lowered, multiple_results=primitive.multiple_results)
         )
-        if native is not None and _LACKS is None:
+        if natives and _LACKS is None:
             # Else a lowering for several devices does not learn which; custom_partitioning must.
             _PRIVATE["devices"].add(primitive)
-            mlir.register_lowering(primitive, _lowering(lowered, native), platform="cpu")
+            for platform, native in natives.items():
+                mlir.register_lowering(primitive, _lowering(lowered, native), platform=platform)
         if _LACKS is None:
             _PRIVATE["checks"][primitive] = functools.partial(_PRIVATE["nan_check"], primitive)
             _PRIVATE["jets"][primitive] = functools.partial(_jet_of, meaning)
@@ -283,116 +308,44 @@ def _register():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
 
 
-def _native_call(target, types, operands, norm):
-    _register()
-    words = np.frombuffer(bytes(cpu.describe(norm)), np.int64)
-    return jax.ffi.ffi_call(target, types)(*operands, norm=words)
+def _native(target, types, meant):
+    """A pass of the native library as a function of arrays."""
 
+    def call(*operands):
+        *operands, norm = operands
+        if cpu.why_not(norm) is not None:
+            # Chosen for a GPU, and compiled for the CPU.
+            return meant(*operands, norm=norm)
+        _register()
+        words = np.frombuffer(bytes(cpu.describe(norm)), np.int64)
+        return jax.ffi.ffi_call(target, types(*operands, norm=norm))(*operands, norm=words)
 
-def _native_forward(x, gamma, beta, norm):
-    types = _forward_types(x, norm=norm)
-    return _native_call("normwise_jax_forward", types, (x, gamma, beta), norm)
-
-
-def _native_backward(x, gamma, beta, statistics, dy, norm):
-    types = _backward_types(x, gamma, beta, norm=norm)
-    operands = (x, gamma, beta, statistics, dy)
-    return _native_call("normwise_jax_backward", types, operands, norm)
-
-
-def _partitionable(native, elsewhere, operand_kinds, result_kinds):
-    """Let XLA split an engine's pass over devices, whichever axes of x it splits.
-
-    Args:
-        native: the pass where every set lies on one device, called with operands and a Norm.
-        elsewhere: the same where not, of sharded.py.
-        operand_kinds, result_kinds: of each operand and result: whether it lies as "x" does, as a
-            "parameter" or as the "statistics".
-    """
-
-    def axes_of(kind, norm, rank):
-        """The axes of x that those of an operand go along with; None for one of its own."""
-        outer_end, before_end, channels_end = norm.geometry.ends
-        axes = tuple(range(rank))
-        if kind == "x":
-            return axes
-        if kind == "parameter":
-            return axes[before_end:channels_end]
-        kept = axes[channels_end:] if norm.geometry.keeps_after else (None,)
-        return (*axes[:outer_end], None, *kept)
-
-    def shardings(norm, mesh, operands):
-        x = operands[0]
-        rank = len(x.shape)
-        spec = (*x.sharding.spec, *[None] * rank)[:rank]
-
-        def sharding(kind, absent):
-            axes = () if absent and kind == "parameter" else axes_of(kind, norm, rank)
-            split = PartitionSpec(*(None if axis is None else spec[axis] for axis in axes))
-            return NamedSharding(mesh, split)
-
-        absent = [operand.shape == (0,) for operand in operands]
-        return (
-            tuple(map(sharding, operand_kinds, absent)),
-            # A gradient is absent where what it belongs to, the operand of its place, is.
-            tuple(map(sharding, result_kinds, absent)),
-        )
-
-    def infer(norm, mesh, operands, results):
-        return shardings(norm, mesh, operands)[1]
-
-    def partition(norm, mesh, operands, results):
-        before, after = shardings(norm, mesh, operands)
-        names = tuple(
-            () if part is None else (part,) if isinstance(part, str) else tuple(part)
-            for part in before[0].spec
-        )
-        split = sharded.Split(operands[0].shape, names)
-        outer = split.over(range(norm.geometry.ends[0]))
-
-        def on_shard(*operands):
-            if split.over(range(len(names))) != outer:
-                return elsewhere(norm, *operands, split=split)
-            return tuple(
-                jax.lax.psum(result, outer) if kind == "parameter" and outer else result
-                for result, kind in zip(native(*operands, norm), result_kinds, strict=True)
-            )
-
-        return mesh, on_shard, after, before
-
-    def rule(norm, mesh, operands, results):
-        rank, alone = len(operands[0].shape), []
-
-        def factors(kind, shape):
-            axes = axes_of(kind, norm, rank) if shape != (0,) else (None,)
-            for axis in axes:
-                if axis is None:
-                    alone.append(f"alone{len(alone)}")
-                yield alone[-1] if axis is None else f"x{axis}"
-
-        sides = (
-            ", ".join(
-                " ".join(factors(kind, tuple(t.shape))) for kind, t in zip(*side, strict=True)
-            )
-            for side in ((operand_kinds, operands), (result_kinds, results))
-        )
-        return " -> ".join(sides), {"need_replication_factors": tuple(alone)}
-
-    call = custom_partitioning(native, static_argnums=(len(operand_kinds),))
-    call.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return call
 
 
-_PARAMETERS = ("parameter", "parameter")
-_NATIVE = _Primitives(
-    "native",
-    _partitionable(_native_forward, sharded.forward, ("x", *_PARAMETERS), ("x", "statistics")),
-    _partitionable(
-        _native_backward,
-        sharded.backward,
-        ("x", *_PARAMETERS, "statistics", "x"),
-        ("x", *_PARAMETERS),
+_ENGINES = {
+    "cpu": partitioned.passes(
+        _native("normwise_jax_forward", _forward_types, _lowered_forward),
+        _native("normwise_jax_backward", _backward_types, _meant_backward),
     ),
-)
+    **dict.fromkeys(
+        _GPUS,
+        partitioned.passes(
+            jax_gpu.passed(jax_gpu.forward, _lowered_forward, _forward_types),
+            jax_gpu.passed(jax_gpu.backward, _meant_backward, _backward_types),
+        ),
+    ),
+}
+_NATIVE = _Primitives("native", _ENGINES)
 
-KERNELS = (kernel_of(cpu.ENGINE, _NATIVE), composite.COMPOSITE)
+
+def accelerator() -> str | None:
+    """The first GPU's name, None where JAX runs on the CPU."""
+    return None if _on_cpu() else jax.devices()[0].device_kind
+
+
+KERNELS = (
+    kernel_of(cpu.ENGINE, _NATIVE),
+    Kernel(gpu.NAME, _why_not_on_gpu, _NATIVE.run, is_elsewhere=lambda x: not _on_gpu()),
+    composite.COMPOSITE,
+)

@@ -51,6 +51,26 @@ JAX = {
     "jets": Private("jax.experimental.jet.jet_rules", "0.10.2 to 0.12", "of jet"),
 }
 
+# The call of Triton's kernels, which comes with JAX's plugin for GPUs.
+JAX_GPU = {
+    name: Private(
+        f"jaxlib.gpu_triton.{path}",
+        "0.10.0 to 0.12 with its plugin for GPUs",
+        "how to launch Triton's kernels",
+    )
+    for name, path in {
+        "kernel": "TritonKernel",
+        "call": "TritonKernelCall",
+        "array": "create_array_parameter",
+        "scalar": "create_scalar_parameter",
+    }.items()
+}
+# Where there is one of these, the call can be recorded in a command buffer: in 0.10.1 to 0.12.
+JAX_GPU_RECORDED = (
+    "jaxlib.gpu_triton._cuda_triton.registrations",
+    "jaxlib.gpu_triton._hip_triton.registrations",
+)
+
 TENSORFLOW = {
     "in_xla": Private(
         "tensorflow.python.ops.control_flow_util.GraphOrParentsInXlaContext",

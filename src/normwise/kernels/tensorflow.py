@@ -73,6 +73,13 @@ def _why_not_here(x) -> str | None:
     return None
 
 
+def accelerator() -> str | None:
+    """The first GPU's name, None where there is none."""
+    for device in tf.config.list_physical_devices("GPU"):
+        return tf.config.experimental.get_device_details(device).get("device_name", device.name)
+    return None
+
+
 @functools.cache
 def _has_accelerator() -> bool:
     return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())

@@ -25,6 +25,10 @@ from normwise.norm import Norm, Operands
 # a copy to channels first is sooner done.
 _FEW_CHANNELS = 32
 
+# With fewer elements torch's own norms of trailing axes, as Inductor compiles them, take less time
+# than an operator: docs/kernels.md has the times.
+_WORTH_AN_OPERATOR = 2**20
+
 _LACKS = private.missing(private.TORCH)
 _interpreter, _, _modes = (private.find(name.path) for name in private.TORCH.values())
 
@@ -36,12 +40,23 @@ def kernel_of(engine: Engine) -> Kernel:
         x = _asked_about(x)
         if _is_off_cpu(x):
             return f"the {engine.name} kernels run on the CPU, and x does not lie there"
-        return engine.why_not(norm) or _why_not_here(x)
+        return engine.why_not(norm) or _why_not_here(x) or _why_not_compiled(engine, norm, x)
 
     def run(norm, x, operands):
         return _run(engine, norm, x, operands)
 
     return Kernel(engine.name, why_not, run, is_elsewhere=_is_off_cpu)
+
+
+def _why_not_compiled(engine: Engine, norm: Norm, x) -> str | None:
+    """Why Inductor's own code is better than an engine of the CPU in its graph, or None."""
+    if not torch.compiler.is_compiling():
+        return None
+    if engine is not cpu.ENGINE:
+        return f"torch.compile traces this call, and knows no {engine.name} kernels"
+    if norm.geometry.trailing and x.numel() < _WORTH_AN_OPERATOR:
+        return "torch.compile makes code of its own for so few rows, in less time than a call takes"
+    return None
 
 
 def _asked_about(x):
@@ -425,6 +440,11 @@ def _engines() -> tuple[Kernel, ...]:
     )
     first = gpu.interpreted() or torch.cuda.is_available()
     return (on_gpu, native) if first else (native, on_gpu)
+
+
+def accelerator() -> str | None:
+    """The current GPU's name, None where there is none."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 KERNELS = (
