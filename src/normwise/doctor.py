@@ -66,18 +66,10 @@ def _norm(what: Any, shape: Shape, dtype: DType | None, **options: Any) -> Norm:
 
 
 def report() -> dict[str, str]:
-    """What matters for normwise on this machine: versions, backend, processors and kernels, in words."""
+    """What matters for normwise on this machine: versions, processors and kernels, in words."""
     versions = {}
-    for name in (
-        "normwise",
-        "keras",
-        "tensorflow",
-        "tensorflow-cpu",
-        "jax",
-        "torch",
-        "triton",
-        "numpy",
-    ):
+    frameworks = ("tensorflow", "tensorflow-cpu", "jax", "torch")
+    for name in ("normwise", "keras", *frameworks, "triton", "numpy"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

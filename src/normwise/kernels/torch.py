@@ -26,9 +26,10 @@ from normwise.norm import Norm, Operands
 _FEW_CHANNELS = 32
 
 # With fewer elements torch's own norms of trailing axes, as Inductor compiles them, take less time
-# than an operator: docs/kernels.md has the times.
+# than an operator, and those without a mean always: docs/kernels.md has the times.
 _WORTH_AN_OPERATOR = 2**20
 
+_EXPORTED = "this call is traced for an export, and runs without normwise then"
 _LACKS = private.missing(private.TORCH)
 _interpreter, _, _modes = (private.find(name.path) for name in private.TORCH.values())
 
@@ -38,9 +39,11 @@ def kernel_of(engine: Engine) -> Kernel:
 
     def why_not(norm, x):
         x = _asked_about(x)
-        if _is_off_cpu(x):
+        if not (x.is_cpu or x.is_meta):
             return f"the {engine.name} kernels run on the CPU, and x does not lie there"
-        return engine.why_not(norm) or _why_not_here(x) or _why_not_compiled(engine, norm, x)
+        if torch.compiler.is_compiling():
+            return engine.why_not(norm) or _why_not_compiled(engine, norm, x)
+        return engine.why_not(norm) or _why_not_here(x)
 
     def run(norm, x, operands):
         return _run(engine, norm, x, operands)
@@ -49,13 +52,14 @@ def kernel_of(engine: Engine) -> Kernel:
 
 
 def _why_not_compiled(engine: Engine, norm: Norm, x) -> str | None:
-    """Why Inductor's own code is better than an engine of the CPU in its graph, or None."""
-    if not torch.compiler.is_compiling():
-        return None
+    """Why torch.compile cannot have an engine of the CPU in its graph, or better not, or None."""
+    if (reason := _why_not_traced()) is not None:
+        return reason
     if engine is not cpu.ENGINE:
         return f"torch.compile traces this call, and knows no {engine.name} kernels"
-    if norm.geometry.trailing and x.numel() < _WORTH_AN_OPERATOR:
-        return "torch.compile makes code of its own for so few rows, in less time than a call takes"
+    few = x.numel() < _WORTH_AN_OPERATOR
+    if norm.geometry.trailing and (few or not norm.subtract_mean):
+        return "torch.compile makes faster code of its own for this norm of trailing axes"
     return None
 
 
@@ -79,6 +83,8 @@ def _why_not_on_gpu(norm: Norm, x) -> str | None:
     x = _asked_about(x)
     if _is_off_gpu(x):
         return "the Triton kernels run on a GPU, and x does not lie there"
+    if torch.compiler.is_compiling():
+        return gpu.why_not(norm) or _why_not_traced()
     return gpu.why_not(norm) or _why_not_here(x)
 
 
@@ -90,10 +96,8 @@ def _why_not_here(x) -> str | None:
     """Why no engine can take `x` here and now, or None."""
     if _LACKS is not None:
         return _LACKS
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
-        return "this call is traced for an export"
-    if torch.compiler.is_compiling():
-        return _why_not_transformed()
+    if torch.jit.is_tracing():
+        return _EXPORTED
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         return f"x is a {type(x).__name__}, which has no memory of its own"
     if (reason := _transformed()) is not None:
@@ -101,6 +105,13 @@ def _why_not_here(x) -> str | None:
     if _modes() and _is_recorded():
         return "a graph of this call is recorded, and knows torch's own functions only"
     return None
+
+
+def _why_not_traced() -> str | None:
+    """Why a graph of torch.compile or torch.export cannot have an operator here, or None."""
+    if _LACKS is not None:
+        return _LACKS
+    return _EXPORTED if torch.compiler.is_exporting() else _why_not_transformed()
 
 
 def _transformed() -> str | None:
