@@ -111,7 +111,7 @@ def _why_not_traced() -> str | None:
     """Why a graph of torch.compile or torch.export cannot have an operator here, or None."""
     if _LACKS is not None:
         return _LACKS
-    return _EXPORTED if torch.compiler.is_exporting() else _why_not_transformed()
+    return _EXPORTED if torch.compiler.is_exporting() else _transformed()
 
 
 def _transformed() -> str | None:
@@ -123,8 +123,9 @@ def _transformed() -> str | None:
     return None
 
 
-# Dynamo transforms what it traces, but traces no question whether it does so.
-_why_not_transformed = torch.compiler.assume_constant_result(_transformed)
+# Dynamo transforms what it traces, but traces no question whether it does so: it is to ask and keep
+# the answer. So `torch.compiler.assume_constant_result` says, which would import all of Dynamo.
+_transformed._dynamo_marked_constant = True
 
 
 def _is_recorded() -> bool:

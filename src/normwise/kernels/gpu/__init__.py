@@ -11,7 +11,6 @@
 This module brings no Triton: it is imported where a GPU is used.
 """
 
-import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -41,9 +40,7 @@ def why_not(norm: Norm) -> str | None:
     return missing()
 
 
-@functools.cache
-def missing() -> str | None:
-    """What keeps this machine from having Triton, or None."""
+def _find() -> str | None:
     remedy = "install it with pip install 'normwise[gpu]'"
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed; {remedy}"
@@ -57,6 +54,17 @@ def missing() -> str | None:
     return None
 
 
+# Sought once, at import, as Triton itself reads its variable: torch.compile traces through a
+# functools.cache, and knows neither file systems nor environments.
+_MISSING = _find()
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def missing() -> str | None:
+    """What keeps this machine from having Triton, or None."""
+    return _MISSING
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return _INTERPRETED
