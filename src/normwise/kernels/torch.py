@@ -114,6 +114,12 @@ def _why_not_traced() -> str | None:
     return _EXPORTED if torch.compiler.is_exporting() else _transformed()
 
 
+# Dynamo is to ask this and to keep the answer: it transforms what it traces, but traces no question
+# whether it does so, and in torch 2.11 takes every trace for an export. It is what
+# `torch.compiler.assume_constant_result` does, which would import all of Dynamo.
+_why_not_traced._dynamo_marked_constant = True
+
+
 def _transformed() -> str | None:
     """Why a call cannot be an engine's that torch takes derivatives of by other means, or None."""
     if _interpreter() is not None:
@@ -121,11 +127,6 @@ def _transformed() -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode derivatives are taken, and only torch's own functions have them"
     return None
-
-
-# Dynamo transforms what it traces, but traces no question whether it does so: it is to ask and keep
-# the answer. So `torch.compiler.assume_constant_result` says, which would import all of Dynamo.
-_transformed._dynamo_marked_constant = True
 
 
 def _is_recorded() -> bool:
