@@ -97,6 +97,18 @@ def test_what_needs_no_gradient_gets_none(frozen):
     assert [t.grad is None for t in inputs] == [i == frozen for i in range(3)]
 
 
+def test_memory_of_any_order():
+    """Of x, of dy and of the parameters, which an engine reads by their addresses."""
+    wide = torch.stack(parameters(), dim=-1).detach()
+    inputs = [samples(4, 5, 6, 2).permute(3, 2, 1, 0), *wide.unbind(-1)]
+    found, want = ([t.requires_grad_() for t in map(torch.Tensor.detach, inputs)] for _ in "fw")
+    dy = samples(4, 5, 6, 2).cos().permute(3, 2, 1, 0)
+    torch.compile(group, fullgraph=True, backend="aot_eager")(*found).backward(dy)
+    group(*want).backward(dy)
+    for one, other in zip(found, want, strict=True):
+        assert_within(to_numpy(one.grad), to_numpy(other.grad), 1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_precisions(dtype):
     x = samples(2, 6, 5, 4).to(getattr(torch, dtype))

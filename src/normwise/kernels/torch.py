@@ -146,7 +146,7 @@ def _run(engine: Engine, norm: Norm, x, operands: Operands):
     if moved:
         x, norm = x.movedim(1, -1), _moved(norm)
     if torch.compiler.is_compiling():
-        y = torch_op.run(norm, x.contiguous(), operands.gamma, operands.beta)
+        y = torch_op.run(norm, x, operands.gamma, operands.beta)
         y = y.movedim(-1, 1) if moved else y
         return y if norm.y_dtype == y_dtype else y.to(getattr(torch, y_dtype))
     x = _plain(x)

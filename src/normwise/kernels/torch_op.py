@@ -25,7 +25,7 @@ _LIBRARY.define(
 
 
 def run(norm: Norm, x, gamma, beta):
-    """The result of the operator, for x in one piece and of `norm.dtype`."""
+    """The result of the operator, for x of `norm.dtype`."""
     described = _text(norm), norm.geometry.groups, norm.epsilon, norm.activation.slope
     if torch.is_grad_enabled():
         return _Function.apply(x, gamma, beta, *described)
@@ -60,11 +60,11 @@ def implement(call_of):
     """Have the operators do what `call_of(norm, x)` returns an object for, with both passes."""
 
     def forward(x, gamma, beta, *norm):
-        x = x.contiguous()
+        x, gamma, beta = _in_one_piece(x, gamma, beta)
         return call_of(_norm(x, gamma, beta, norm), x).forward(x, gamma, beta)
 
     def backward(x, gamma, beta, dy, statistics, needs, *norm):
-        x = x.contiguous()
+        x, gamma, beta = _in_one_piece(x, gamma, beta)
         call = call_of(_norm(x, gamma, beta, norm), x)
         found = call.backward(x, gamma, beta, dy, statistics, (True, *needs))
         # An operator has no result that is None.
@@ -73,6 +73,10 @@ def implement(call_of):
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl("forward", forward, key)
         _LIBRARY.impl("backward", backward, key)
+
+
+def _in_one_piece(*tensors):
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _text(norm: Norm) -> str:
@@ -116,7 +120,7 @@ def _(x, gamma, beta, norm, groups, epsilon, slope):
 @torch.library.register_fake("normwise::backward", lib=_LIBRARY)
 def _(x, gamma, beta, dy, statistics, needs, *norm):
     parameters = (
-        torch.empty_like(p) if needed else x.new_empty(0)
+        p.new_empty(p.shape) if needed else x.new_empty(0)
         for p, needed in zip((gamma, beta), needs, strict=True)
     )
     return x.new_empty(x.shape), *parameters
