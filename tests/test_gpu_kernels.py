@@ -246,6 +246,19 @@ def test_activations(family, name, activation):
         assert_within(found[key].reshape(value.shape), value, tolerance, key)
 
 
+# Of NumPy, for what a mask drops.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_padding_adds_nothing(family, name):
+    """Where there is no element, a mean of 3e36 times 1 / standard deviation is infinite."""
+    geo, _, _ = case_of(family, name)
+    problem = Problem(geo, x=np.full(geo.shape, 3e36), epsilon=1e-6)
+    problem.forward()
+    for key, value in problem.backward().items():
+        assert np.isfinite(value).all(), key
+
+
 def test_relu_keeps_nan():
     problem = Problem(geometry.layer((2, 4)), activation=Activation("leaky_relu"))
     problem.tensors["x"][0, 1] = torch.nan

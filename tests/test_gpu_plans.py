@@ -122,6 +122,32 @@ def test_activations_compile(name, activation):
         launch.compiled(each, launch.dtypes_of(norm), H100)
 
 
+@pytest.mark.parametrize("name", ["gn unet first", "gn unet last", "long rows"])
+def test_nan_passes_a_maximum(name):
+    """A GPU's own drops it, and Triton's interpreter does not."""
+    norm = norm_of(name)
+    for each in launches_of(norm, H100):
+        kernel = launch.compiled(each, launch.dtypes_of(norm), H100)
+        assert not re.search(r"m(ax|in)\.f32", kernel.asm["ptx"])
+
+
+HUGE = {
+    "rows": geometry.layer((2**31 - 1000, 2)),
+    "a row": geometry.layer((1, 65536, 32769), (1, 2)),
+    "channels last": geometry.group((1, 128, 128, 131073), -1, -1),
+    "runs": geometry.group((3, 4, 2**30), 1, 2),
+    "kept": geometry.layer((3, 70000, 40000), 1),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_places_past_32_bits(name):
+    """No product with an extent is taken in 32 bits that needs more."""
+    norm = dataclasses.replace(norm_of("ln bert"), geometry=HUGE[name])
+    for each in launches_of(norm, H100):
+        launch.compiled(each, launch.dtypes_of(norm), H100)
+
+
 @pytest.mark.parametrize("name", ["ln bert", "gn unet last", "odd rows"])
 def test_addresses_that_are_not_aligned(name):
     norm = norm_of(name)

@@ -118,7 +118,7 @@ def _described(launch, dtypes: dict):
     from normwise.kernels.gpu.launch import compiled
 
     names = {name: private.find(each.path) for name, each in private.JAX_GPU.items()}
-    kernel = compiled(launch, dtypes, device())
+    kernel = compiled(launch, dtypes, device(), **_options(device()))
     signature = launch.source(dtypes).signature
     arguments = launch.arguments({name: name for name in launch.buffers})
     parameters = []
@@ -128,6 +128,14 @@ def _described(launch, dtypes: dict):
         elif kind != "constexpr":
             parameters.append(names["scalar"](argument, kind))
     return names["call"](_code(kernel, names["kernel"]), launch.programs, 1, 1, parameters)
+
+
+def _options(known) -> dict:
+    """The oldest PTX that knows a device: JAX assembles it, by a CUDA older than Triton's."""
+    if known.backend != "cuda":
+        return {}
+    newer = {100: 86, 101: 86, 120: 87, 103: 88, 121: 88}
+    return {"ptx_version": newer.get(known.arch, 80 if known.arch < 100 else 88)}
 
 
 @functools.cache

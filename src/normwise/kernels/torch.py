@@ -84,8 +84,16 @@ def _why_not_on_gpu(norm: Norm, x) -> str | None:
     if _is_off_gpu(x):
         return "the Triton kernels run on a GPU, and x does not lie there"
     if torch.compiler.is_compiling():
-        return gpu.why_not(norm) or _why_not_traced()
-    return gpu.why_not(norm) or _why_not_here(x)
+        return gpu.why_not(norm) or _why_not_traced() or _why_not_driven(x.device)
+    return gpu.why_not(norm) or _why_not_here(x) or torch_gpu.why_not(x.device)
+
+
+def _why_not_driven(device) -> str | None:
+    return torch_gpu.why_not(device)
+
+
+# As of `_why_not_traced`: what is asked is no part of a graph.
+_why_not_driven._dynamo_marked_constant = True
 
 
 def _run_on_gpu(norm: Norm, x, operands: Operands):
@@ -214,9 +222,6 @@ def _call_compiled(norm: Norm, x):
     """What an operator in a compiled graph does with x."""
     on_gpu = x.is_cuda or gpu.interpreted()
     return _call(torch_gpu.engine(x.device) if on_gpu else cpu.ENGINE, norm)
-
-
-torch_op.implement(_call_compiled)
 
 
 class _Function(torch.autograd.Function):
@@ -453,6 +458,9 @@ def _engines() -> tuple[Kernel, ...]:
     )
     first = gpu.interpreted() or torch.cuda.is_available()
     return (on_gpu, native) if first else (native, on_gpu)
+
+
+torch_op.implement(_call_compiled, _beside)
 
 
 def accelerator() -> str | None:

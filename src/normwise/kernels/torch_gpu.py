@@ -22,6 +22,17 @@ def engine(device: torch.device) -> Engine:
 
 
 @functools.cache
+def why_not(device: torch.device) -> str | None:
+    """Why no kernel can be launched on a device, or None: Triton compiles its own driver in C."""
+    try:
+        with _current(device):
+            _facts(device)
+    except Exception as error:
+        return f"Triton cannot drive {device}: {error}"
+    return None
+
+
+@functools.cache
 def _facts(device: torch.device):
     """What plans depend on, of a device."""
     from triton.runtime import driver
@@ -41,8 +52,7 @@ class _Plan:
     def __init__(self, norm: Norm, device: torch.device):
         from normwise.kernels.gpu import plan
 
-        with _current(device):
-            self._facts = _facts(device)
+        self._facts = _facts(device)
         self._norm, self._device = norm, device
         self._plan = plan
         self.forward = self._ready(plan.forward(norm, self._facts), _FORWARD)
@@ -105,10 +115,10 @@ class _Compiled:
 
     def _launch(self, addresses, aligned):
         if aligned not in self._steps:
-            self._steps[aligned] = list(self._compiled(aligned))
             from triton.runtime import driver
 
             self._stream = driver.active.get_current_stream
+            self._steps[aligned] = list(self._compiled(aligned))
         if self._scratch:
             scratch = torch.empty(self._scratch, dtype=torch.float32, device=self._device)
             start = scratch.data_ptr()

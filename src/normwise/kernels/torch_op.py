@@ -56,15 +56,22 @@ class _Function(torch.autograd.Function):
         return dx, dgamma if needs[0] else None, dbeta if needs[1] else None, *none
 
 
-def implement(call_of):
-    """Have the operators do what `call_of(norm, x)` returns an object for, with both passes."""
+def implement(call_of, beside):
+    """Have the operators do what an engine does.
+
+    Args:
+        call_of: gives for a Norm and x an object with both passes.
+        beside: gives for x, a name and a parameter the latter in one piece, where it is beside x.
+    """
 
     def forward(x, gamma, beta, *norm):
-        x, gamma, beta = _in_one_piece(x, gamma, beta)
+        x = beside(x, "x", x)
+        gamma, beta = beside(x, "gamma", gamma), beside(x, "beta", beta)
         return call_of(_norm(x, gamma, beta, norm), x).forward(x, gamma, beta)
 
     def backward(x, gamma, beta, dy, statistics, needs, *norm):
-        x, gamma, beta = _in_one_piece(x, gamma, beta)
+        x = beside(x, "x", x)
+        gamma, beta = beside(x, "gamma", gamma), beside(x, "beta", beta)
         call = call_of(_norm(x, gamma, beta, norm), x)
         found = call.backward(x, gamma, beta, dy, statistics, (True, *needs))
         # An operator has no result that is None.
@@ -73,10 +80,6 @@ def implement(call_of):
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl("forward", forward, key)
         _LIBRARY.impl("backward", backward, key)
-
-
-def _in_one_piece(*tensors):
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 
 
 def _text(norm: Norm) -> str:

@@ -14,6 +14,18 @@ def inverse_root(variance, epsilon):
 
 
 @triton.jit
+def not_negative(squares):
+    """Squares that rounding may leave below 0. NaN stays NaN, as in `tl.maximum` it would not."""
+    return tl.where(squares < 0, 0.0, squares)
+
+
+@triton.jit
+def normalize(x, mean, inv_std, there):
+    """The normalized elements, and 0 where there is none, for mean * inv_std may be infinite."""
+    return tl.where(there, (x - mean) * inv_std, 0.0)
+
+
+@triton.jit
 def parameter(POINTER, index, there, absent: tl.constexpr):
     """Gamma or beta at `index`, or what stands for one that is absent."""
     if POINTER is None:

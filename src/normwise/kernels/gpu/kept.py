@@ -7,7 +7,7 @@ those are few enough, and else in blocks, twice, the second time from the L2.
 import triton
 import triton.language as tl
 
-from normwise.kernels.gpu.arithmetic import inverse_root, parameter, result, through
+from normwise.kernels.gpu.arithmetic import inverse_root, normalize, parameter, result, through
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def backward(
         statistics = STATISTICS + sample * 2 * after + position
         mean = tl.load(statistics, mask=exists, other=0.0)[None, :]
         inv_std = tl.load(statistics + after, mask=exists, other=0.0)[None, :]
-        normalized = (x - mean) * inv_std
+        normalized = normalize(x, mean, inv_std, there)
         dz = through(dy, normalized, gamma, beta, ACTIVATION, SLOPE)
         dz = tl.where(there, dz, 0.0)
         ahead = dz * gamma
@@ -171,7 +171,7 @@ def backward_in_blocks(
         beta = parameter(BETA, member, member < MEMBERS, 0.0)[:, None]
         x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
         dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
-        normalized = (x - mean) * inv_std
+        normalized = normalize(x, mean, inv_std, there)
         dz = through(dy, normalized, gamma, beta, ACTIVATION, SLOPE)
         dz = tl.where(there, dz, 0.0)
         if SUMS is not None:

@@ -115,7 +115,14 @@ class Pass(NamedTuple):
 _compiled: dict = {}
 
 
-def compiled(launch: Launch, dtypes: dict, device: Device, aligned: bool = True, index=None):
+def compiled(
+    launch: Launch,
+    dtypes: dict,
+    device: Device,
+    aligned: bool = True,
+    index: int | None = None,
+    **options,
+):
     """The kernel of a launch as Triton compiles it, once for all launches that are alike.
 
     Args:
@@ -124,12 +131,13 @@ def compiled(launch: Launch, dtypes: dict, device: Device, aligned: bool = True,
         device: what it is compiled for.
         aligned: whether the buffers' addresses are multiples of 16.
         index: of the device that it is loaded on; each has a copy of its own.
+        **options: of Triton's compiler.
     """
     source = launch.source(dtypes, aligned)
     signature = (*source.signature.values(), *source.constants.items(), *source.attrs)
-    key = (launch.kernel, signature, launch.threads, device, index)
+    key = (launch.kernel, signature, launch.threads, device, index, *options.items())
     if key not in _compiled:
-        options = {"num_warps": max(1, launch.threads // device.warp_size)}
+        options["num_warps"] = max(1, launch.threads // device.warp_size)
         _compiled[key] = triton.compile(source, target=device.target, options=options)
     return _compiled[key]
 

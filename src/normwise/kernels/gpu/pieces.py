@@ -20,7 +20,14 @@ on when a program runs.
 import triton
 import triton.language as tl
 
-from normwise.kernels.gpu.arithmetic import inverse_root, parameter, result, through
+from normwise.kernels.gpu.arithmetic import (
+    inverse_root,
+    normalize,
+    not_negative,
+    parameter,
+    result,
+    through,
+)
 
 
 @triton.jit
@@ -97,7 +104,7 @@ def moments(
         count = (end - start).to(tl.float32)
         rest = tl.sum(total, 1) / count
         mean += rest
-        square = tl.maximum(square - rest * rest * count, 0.0)
+        square = not_negative(square - rest * rest * count)
     out = PARTS + (sample * pieces + piece) * 2 * channels + channel
     tl.store(out, mean, mask=exists)
     tl.store(out + channels, square, mask=exists)
@@ -226,7 +233,7 @@ def apply(
         there = exists[:, None] & (position < end)[None, :]
         place = places(run, channel[:, None], position[None, :], channels, positions, CHANNELS_LAST)
         if OF_ELEMENTS:
-            element = channel[:, None] * positions + position[None, :]
+            element = channel[:, None].to(tl.int64) * positions + position[None, :]
             gamma = parameter(GAMMA, element, there, 1.0)
             beta = parameter(BETA, element, there, 0.0)
         x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
@@ -277,12 +284,12 @@ def sums(
         there = exists[:, None] & (position < end)[None, :]
         place = places(run, channel[:, None], position[None, :], channels, positions, CHANNELS_LAST)
         if OF_ELEMENTS:
-            element = channel[:, None] * positions + position[None, :]
+            element = channel[:, None].to(tl.int64) * positions + position[None, :]
             gamma = parameter(GAMMA, element, there, 1.0)
             beta = parameter(BETA, element, there, 0.0)
         x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
         dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
-        normalized = (x - mean[:, None]) * inv_std[:, None]
+        normalized = normalize(x, mean[:, None], inv_std[:, None], there)
         dz = through(dy, normalized, gamma, beta, ACTIVATION, SLOPE)
         if OF_ELEMENTS:
             dz = dz * gamma

@@ -7,7 +7,7 @@ one is cut in pieces.
 import triton
 import triton.language as tl
 
-from normwise.kernels.gpu.arithmetic import inverse_root, parameter, result, through
+from normwise.kernels.gpu.arithmetic import inverse_root, normalize, parameter, result, through
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def backward(
     block of rows, so that there are few sums.
     """
     group = tl.program_id(0) % GROUPS
-    chunk = tl.program_id(0) // GROUPS
+    chunk = (tl.program_id(0) // GROUPS).to(tl.int64)
     member = tl.arange(0, BLOCK_MEMBERS)
     channel = group * MEMBERS + member
     gamma = parameter(GAMMA, channel, member < MEMBERS, 1.0)[None, :]
@@ -88,7 +88,7 @@ def backward(
     products = tl.zeros([BLOCK_OUTER, BLOCK_MEMBERS], tl.float32)
     total = tl.zeros([BLOCK_OUTER, BLOCK_MEMBERS], tl.float32)
     for first_row in range(chunk * BLOCK_OUTER, outer, chunks * BLOCK_OUTER):
-        row = first_row + tl.arange(0, BLOCK_OUTER).to(tl.int64)
+        row = first_row + tl.arange(0, BLOCK_OUTER)
         there = (row < outer)[:, None] & (member < MEMBERS)[None, :]
         place = ((row * GROUPS + group) * MEMBERS)[:, None] + member[None, :]
         x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
@@ -96,7 +96,7 @@ def backward(
         statistics = STATISTICS + row * 2 * GROUPS + group
         mean = tl.load(statistics, mask=row < outer, other=0.0)[:, None]
         inv_std = tl.load(statistics + GROUPS, mask=row < outer, other=0.0)[:, None]
-        normalized = (x - mean) * inv_std
+        normalized = normalize(x, mean, inv_std, there)
         dz = through(dy, normalized, gamma, beta, ACTIVATION, SLOPE)
         dz = tl.where(there, dz, 0.0)
         ahead = dz * gamma
@@ -109,7 +109,7 @@ def backward(
             total += dz
     if SUMS is not None:
         channels = GROUPS * MEMBERS
-        out = SUMS + chunk.to(tl.int64) * 2 * channels + channel
+        out = SUMS + chunk * 2 * channels + channel
         tl.store(out, tl.sum(products, 0), mask=member < MEMBERS)
         tl.store(out + channels, tl.sum(total, 0), mask=member < MEMBERS)
 
@@ -136,7 +136,7 @@ def gradient(
     """The same of rows cut in pieces, once the MEANS (outer, 2, groups) of each set are known."""
     channels: tl.constexpr = GROUPS * MEMBERS
     blocks: tl.constexpr = (channels + BLOCK - 1) // BLOCK
-    channel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    channel = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     chunk = tl.program_id(0) // blocks
     there = channel < channels
     gamma = parameter(GAMMA, channel, there, 1.0)

@@ -8,7 +8,14 @@ kind: a program reads its set twice, the second time from the L2.
 import triton
 import triton.language as tl
 
-from normwise.kernels.gpu.arithmetic import inverse_root, parameter, result, through
+from normwise.kernels.gpu.arithmetic import (
+    inverse_root,
+    normalize,
+    not_negative,
+    parameter,
+    result,
+    through,
+)
 
 
 @triton.jit
@@ -36,7 +43,7 @@ def _moments(x_of_set, size, SUBTRACT_MEAN: tl.constexpr, BLOCK: tl.constexpr):
     if SUBTRACT_MEAN:
         rest = tl.sum(total, 0) / count
         mean = shift + rest
-        square = tl.maximum(square - rest * rest * count, 0.0)
+        square = not_negative(square - rest * rest * count)
     return mean, square / count
 
 
@@ -132,7 +139,7 @@ def backward(
             place = members[:, None].to(tl.int64) * positions + position[None, :]
             x = tl.load(x_of_set + place, mask=there, other=0.0).to(tl.float32)
             dy = tl.load(dy_of_set + place, mask=there, other=0.0).to(tl.float32)
-            normalized = (x - mean) * inv_std
+            normalized = normalize(x, mean, inv_std, there)
             dz = through(dy, normalized, gamma[:, None], beta[:, None], ACTIVATION, SLOPE)
             dz = tl.where(there, dz, 0.0)
             products += dz * normalized

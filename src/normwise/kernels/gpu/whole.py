@@ -7,7 +7,7 @@ lie first or last.
 import triton
 import triton.language as tl
 
-from normwise.kernels.gpu.arithmetic import inverse_root, parameter, result, through
+from normwise.kernels.gpu.arithmetic import inverse_root, normalize, parameter, result, through
 from normwise.kernels.gpu.pieces import places
 
 
@@ -25,7 +25,8 @@ def _tile(
     blocks: tl.constexpr = (GROUPS + BLOCK_GROUPS - 1) // BLOCK_GROUPS
     sample = (tl.program_id(0) // blocks).to(tl.int64)
     group = (tl.program_id(0) % blocks) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    member, position = tl.arange(0, BLOCK_MEMBERS), tl.arange(0, BLOCK_POSITIONS)
+    member = tl.arange(0, BLOCK_MEMBERS)
+    position = tl.arange(0, BLOCK_POSITIONS).to(tl.int64)
     channel = group[:, None] * MEMBERS + member[None, :]
     exists = (group < GROUPS)[:, None] & (member < MEMBERS)[None, :]
     there = exists[:, :, None] & (position < positions)[None, None, :]
@@ -123,7 +124,7 @@ def backward(
     beta = parameter(BETA, channel, exists, 0.0)[:, :, None]
     x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
     dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
-    normalized = (x - mean) * inv_std
+    normalized = normalize(x, mean, inv_std, there)
     dz = through(dy, normalized, gamma[:, :, None], beta, ACTIVATION, SLOPE)
     dz = tl.where(there, dz, 0.0)
     products, total = tl.sum(dz * normalized, 2), tl.sum(dz, 2)
