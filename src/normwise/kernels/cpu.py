@@ -7,8 +7,8 @@ import struct
 from normwise import activations
 from normwise.geometry import Geometry
 from normwise.kernels import library
-from normwise.kernels.kernel import Engine
-from normwise.norm import SHARED, Norm, Operands
+from normwise.kernels.kernel import Engine, why_not_operands
+from normwise.norm import Norm, Operands
 
 # As enum NormwiseDtype.
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
@@ -34,13 +34,8 @@ _OPERANDS = struct.Struct("QQiiii9Q")
 
 def why_not(norm: Norm) -> str | None:
     """Why the library cannot calculate this norm anywhere, or None."""
-    gamma, beta, mask, learned_epsilon = norm.operands
-    if mask:
-        return "the native kernels take no mask"
-    if learned_epsilon:
-        return "the native kernels take no learned epsilon"
-    if gamma not in (None, SHARED) or beta not in (None, SHARED):
-        return "the native kernels take one gamma and one beta for all samples"
+    if (reason := why_not_operands(norm, "native")) is not None:
+        return reason
     if library.missing() is not None:
         return library.missing()
     if norm.geometry.permutation is not None:

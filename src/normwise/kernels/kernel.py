@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable
 
+from normwise.norm import SHARED, Norm
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
@@ -56,3 +58,15 @@ class Engine:
     forward: Callable
     backward: Callable
     plan: Callable | None = None
+
+
+def why_not_operands(norm: Norm, kernels: str) -> str | None:
+    """Why kernels that take gamma and beta alone cannot calculate a norm, or None."""
+    gamma, beta, mask, learned_epsilon = norm.operands
+    if mask:
+        return f"the {kernels} kernels take no mask"
+    if learned_epsilon:
+        return f"the {kernels} kernels take no learned epsilon"
+    if gamma not in (None, SHARED) or beta not in (None, SHARED):
+        return f"the {kernels} kernels take one gamma and one beta for all samples"
+    return None

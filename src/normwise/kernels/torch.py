@@ -154,9 +154,15 @@ def _run(engine: Engine, norm: Norm, x, operands: Operands):
     if moved:
         x, norm = x.movedim(1, -1), _moved(norm)
     if torch.compiler.is_compiling():
-        y = torch_op.run(norm, x, operands.gamma, operands.beta)
-        y = y.movedim(-1, 1) if moved else y
-        return y if norm.y_dtype == y_dtype else y.to(getattr(torch, y_dtype))
+        y = torch_op.run(norm, x, operands)
+    else:
+        y = _run_now(engine, norm, x, operands)
+    if moved:
+        y = y.movedim(-1, 1)
+    return y if norm.y_dtype == y_dtype else y.to(getattr(torch, y_dtype))
+
+
+def _run_now(engine: Engine, norm: Norm, x, operands: Operands):
     x = _plain(x)
     gamma, beta = _beside(x, "gamma", operands.gamma), _beside(x, "beta", operands.beta)
     call = _call(engine, norm)
@@ -165,12 +171,9 @@ def _run(engine: Engine, norm: Norm, x, operands: Operands):
         or (gamma is not None and gamma.requires_grad)
         or (beta is not None and beta.requires_grad)
     ):
-        y = _Function.apply(x, gamma, beta, call)
-    else:
-        y, _ = call.forward(x, gamma, beta)
-    if moved:
-        y = y.movedim(-1, 1)
-    return y if norm.y_dtype == y_dtype else y.to(getattr(torch, y_dtype))
+        return _Function.apply(x, gamma, beta, call)
+    y, _ = call.forward(x, gamma, beta)
+    return y
 
 
 class _Call:

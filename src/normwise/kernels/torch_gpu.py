@@ -97,12 +97,14 @@ class _Compiled:
     """A pass whose kernels are compiled, on addresses."""
 
     def __init__(self, launches, names, norm, facts, device):
+        from normwise.kernels.gpu.launch import divided
+
         self._launches, self._names = launches, (*names, *launches.scratch)
         self._norm, self._facts, self._device = norm, facts, device
         self._offsets, self._scratch = [], 0
         for elements in launches.scratch.values():
             self._offsets.append(4 * self._scratch)
-            self._scratch += -(-elements // _APART) * _APART
+            self._scratch += divided(elements, _APART) * _APART
         self._steps = {}
 
     def __call__(self, *addresses):

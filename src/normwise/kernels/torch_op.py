@@ -24,8 +24,9 @@ _LIBRARY.define(
 )
 
 
-def run(norm: Norm, x, gamma, beta):
+def run(norm: Norm, x, operands: Operands):
     """The result of the operator, for x of `norm.dtype`."""
+    gamma, beta, *_ = operands
     described = _text(norm), norm.geometry.groups, norm.epsilon, norm.activation.slope
     if torch.is_grad_enabled():
         return _Function.apply(x, gamma, beta, *described)
@@ -90,22 +91,28 @@ def _text(norm: Norm) -> str:
     return f"{outer_end} {before_end} {channels_end} {flags} {norm.activation.name}"
 
 
+def _parsed(text: str) -> tuple[tuple[int, int, int], bool, bool, str]:
+    """What `_text` wrote: the ends, keeps_after, subtract_mean and the activation's name."""
+    *numbers, activation = text.split()
+    *ends, keeps_after, subtract_mean = map(int, numbers)
+    return tuple(ends), bool(keeps_after), bool(subtract_mean), activation
+
+
 def _norm(x, gamma, beta, norm) -> Norm:
     return _norm_of(tuple(x.shape), x.dtype, gamma is not None, beta is not None, *norm)
 
 
 @functools.lru_cache(maxsize=1024)
 def _norm_of(shape, dtype, has_gamma, has_beta, text, groups, epsilon, slope) -> Norm:
-    *numbers, activation = text.split()
-    *ends, keeps_after, subtract_mean = map(int, numbers)
+    ends, keeps_after, subtract_mean, activation = _parsed(text)
     per = ("outer", "after" if keeps_after else "groups")
     name = str(dtype).removeprefix("torch.")
     return Norm(
-        Geometry(shape, tuple(ends), groups, per),
+        Geometry(shape, ends, groups, per),
         name,
         name,
         epsilon,
-        bool(subtract_mean),
+        subtract_mean,
         Activation(activation, slope),
         Operands(SHARED if has_gamma else None, SHARED if has_beta else None),
     )
@@ -113,7 +120,7 @@ def _norm_of(shape, dtype, has_gamma, has_beta, text, groups, epsilon, slope) ->
 
 @torch.library.register_fake("normwise::forward", lib=_LIBRARY)
 def _(x, gamma, beta, norm, groups, epsilon, slope):
-    outer_end, _, channels_end, keeps_after, _ = map(int, norm.split()[:-1])
+    (outer_end, _, channels_end), keeps_after, *_ = _parsed(norm)
     kept = x.shape[channels_end:] if keeps_after else (groups,)
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
     statistics = x.new_empty((*x.shape[:outer_end], 2, *kept), dtype=arithmetic)

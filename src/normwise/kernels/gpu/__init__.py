@@ -15,7 +15,8 @@ import importlib.metadata
 import importlib.util
 import os
 
-from normwise.norm import SHARED, Norm
+from normwise.kernels.kernel import why_not_operands
+from normwise.norm import Norm
 
 NAME = "triton"
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -24,13 +25,8 @@ _OLDEST = (3, 6)
 
 def why_not(norm: Norm) -> str | None:
     """Why the kernels cannot calculate this norm on any GPU, or None."""
-    gamma, beta, mask, learned_epsilon = norm.operands
-    if mask:
-        return "the Triton kernels take no mask"
-    if learned_epsilon:
-        return "the Triton kernels take no learned epsilon"
-    if gamma not in (None, SHARED) or beta not in (None, SHARED):
-        return "the Triton kernels take one gamma and one beta for all samples"
+    if (reason := why_not_operands(norm, "Triton")) is not None:
+        return reason
     if norm.geometry.permutation is not None:
         return "the sets are not neighbouring axes"
     if norm.dtype not in _DTYPES:

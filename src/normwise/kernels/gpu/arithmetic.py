@@ -1,7 +1,21 @@
-"""What every kernel calculates with the elements that it has read, in float32."""
+"""How every kernel reads elements and writes them, and what it calculates, in float32."""
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def read(POINTER, place, there, EVICTION: tl.constexpr = ""):
+    """Elements in float32, 0 where there is none."""
+    values = tl.load(POINTER + place, mask=there, other=0.0, eviction_policy=EVICTION)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def write(POINTER, place, values, there, EVICTION: tl.constexpr = ""):
+    """Write elements in the dtype of the buffer, where there are any."""
+    values = values.to(POINTER.dtype.element_ty)
+    tl.store(POINTER + place, values, mask=there, eviction_policy=EVICTION)
 
 
 @triton.jit

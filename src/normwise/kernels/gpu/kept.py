@@ -7,7 +7,15 @@ those are few enough, and else in blocks, twice, the second time from the L2.
 import triton
 import triton.language as tl
 
-from normwise.kernels.gpu.arithmetic import inverse_root, normalize, parameter, result, through
+from normwise.kernels.gpu.arithmetic import (
+    inverse_root,
+    normalize,
+    parameter,
+    read,
+    result,
+    through,
+    write,
+)
 
 
 @triton.jit
@@ -16,6 +24,14 @@ def _positions(unit, after, BLOCK_AFTER: tl.constexpr):
     units = tl.cdiv(after, BLOCK_AFTER)
     position = (unit % units) * BLOCK_AFTER + tl.arange(0, BLOCK_AFTER)
     return (unit // units).to(tl.int64), position, position < after
+
+
+@triton.jit
+def _block(start, position, exists, after, MEMBERS: tl.constexpr, BLOCK_MEMBERS: tl.constexpr):
+    """The members of a block, where its elements lie in a sample, and which there are."""
+    member = start + tl.arange(0, BLOCK_MEMBERS)
+    place = member[:, None].to(tl.int64) * after + position[None, :]
+    return member, place, (member < MEMBERS)[:, None] & exists[None, :]
 
 
 @triton.jit
@@ -38,30 +54,24 @@ def forward(
     sample, position, exists = _positions(tl.program_id(0), after, BLOCK_AFTER)
     x_of_sample, y_of_sample = X + sample * MEMBERS * after, Y + sample * MEMBERS * after
     WHOLE: tl.constexpr = BLOCK_MEMBERS >= MEMBERS
-    member = tl.arange(0, BLOCK_MEMBERS)
-    there = (member < MEMBERS)[:, None] & exists[None, :]
-    place = member[:, None].to(tl.int64) * after + position[None, :]
-    x = tl.load(x_of_sample + place, mask=there, other=0.0).to(tl.float32)
+    member, place, there = _block(0, position, exists, after, MEMBERS, BLOCK_MEMBERS)
+    x = read(x_of_sample, place, there)
     mean = tl.zeros([BLOCK_AFTER], tl.float32)
     if SUBTRACT_MEAN:
         # From an element of the set, so that equal ones leave exactly 0.
         first = tl.load(x_of_sample + position, mask=exists, other=0.0).to(tl.float32)
         total = tl.where(there, x - first[None, :], 0.0)
         for start in range(BLOCK_MEMBERS, MEMBERS, BLOCK_MEMBERS):
-            members = start + member
-            there = (members < MEMBERS)[:, None] & exists[None, :]
-            place = members[:, None].to(tl.int64) * after + position[None, :]
-            each = tl.load(x_of_sample + place, mask=there, other=0.0).to(tl.float32)
+            member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
+            each = read(x_of_sample, place, there)
             total += tl.where(there, each - first[None, :], 0.0)
         mean = first + tl.sum(total, 0) / MEMBERS
-    there = (member < MEMBERS)[:, None] & exists[None, :]
+    member, place, there = _block(0, position, exists, after, MEMBERS, BLOCK_MEMBERS)
     x = tl.where(there, x - mean[None, :], 0.0)
     squares = x * x
     for start in range(BLOCK_MEMBERS, MEMBERS, BLOCK_MEMBERS):
-        members = start + member
-        there = (members < MEMBERS)[:, None] & exists[None, :]
-        place = members[:, None].to(tl.int64) * after + position[None, :]
-        each = tl.load(x_of_sample + place, mask=there, other=0.0).to(tl.float32)
+        member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
+        each = read(x_of_sample, place, there)
         each = tl.where(there, each - mean[None, :], 0.0)
         squares += each * each
     inv_std = inverse_root(tl.sum(squares, 0) / MEMBERS, epsilon)
@@ -69,16 +79,14 @@ def forward(
     tl.store(statistics, mean, mask=exists)
     tl.store(statistics + after, inv_std, mask=exists)
     for start in range(0, MEMBERS, BLOCK_MEMBERS):
-        members = start + member
-        there = (members < MEMBERS)[:, None] & exists[None, :]
-        place = members[:, None].to(tl.int64) * after + position[None, :]
+        member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
         if not WHOLE:
-            x = tl.load(x_of_sample + place, mask=there, other=0.0).to(tl.float32)
+            x = read(x_of_sample, place, there)
             x = x - mean[None, :]
-        gamma = parameter(GAMMA, members, members < MEMBERS, 1.0)[:, None]
-        beta = parameter(BETA, members, members < MEMBERS, 0.0)[:, None]
+        gamma = parameter(GAMMA, member, member < MEMBERS, 1.0)[:, None]
+        beta = parameter(BETA, member, member < MEMBERS, 0.0)[:, None]
         y = result(x * inv_std[None, :], gamma, beta, ACTIVATION, SLOPE)
-        tl.store(y_of_sample + place, y.to(Y.dtype.element_ty), mask=there)
+        write(y_of_sample, place, y, there)
 
 
 @triton.jit
@@ -113,11 +121,10 @@ def backward(
     total = tl.zeros([BLOCK_MEMBERS, BLOCK_AFTER], tl.float32)
     for unit in range(program, outer * tl.cdiv(after, BLOCK_AFTER), programs):
         sample, position, exists = _positions(unit, after, BLOCK_AFTER)
-        there = (member < MEMBERS)[:, None] & exists[None, :]
-        place = member[:, None].to(tl.int64) * after + position[None, :]
+        _, place, there = _block(0, position, exists, after, MEMBERS, BLOCK_MEMBERS)
         place += sample * MEMBERS * after
-        x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
-        dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
+        x = read(X, place, there)
+        dy = read(DY, place, there)
         statistics = STATISTICS + sample * 2 * after + position
         mean = tl.load(statistics, mask=exists, other=0.0)[None, :]
         inv_std = tl.load(statistics + after, mask=exists, other=0.0)[None, :]
@@ -128,7 +135,7 @@ def backward(
         dx = ahead - normalized * (tl.sum(ahead * normalized, 0) / MEMBERS)[None, :]
         if SUBTRACT_MEAN:
             dx -= (tl.sum(ahead, 0) / MEMBERS)[None, :]
-        tl.store(DX + place, (dx * inv_std).to(DX.dtype.element_ty), mask=there)
+        write(DX, place, dx * inv_std, there)
         if SUMS is not None:
             products += dz * normalized
             total += dz
@@ -158,19 +165,22 @@ def backward_in_blocks(
     """The same of sets too large for registers, a program for each unit of positions."""
     sample, position, exists = _positions(tl.program_id(0), after, BLOCK_AFTER)
     start_of_sample = sample * MEMBERS * after
+    x_of_sample, dy_of_sample, dx_of_sample = (
+        X + start_of_sample,
+        DY + start_of_sample,
+        DX + start_of_sample,
+    )
     statistics = STATISTICS + sample * 2 * after + position
     mean = tl.load(statistics, mask=exists, other=0.0)[None, :]
     inv_std = tl.load(statistics + after, mask=exists, other=0.0)[None, :]
     product = tl.zeros([1, BLOCK_AFTER], tl.float32)
     total = tl.zeros([1, BLOCK_AFTER], tl.float32)
     for start in range(0, MEMBERS, BLOCK_MEMBERS):
-        member = start + tl.arange(0, BLOCK_MEMBERS)
-        there = (member < MEMBERS)[:, None] & exists[None, :]
-        place = start_of_sample + member[:, None].to(tl.int64) * after + position[None, :]
+        member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
         gamma = parameter(GAMMA, member, member < MEMBERS, 1.0)[:, None]
         beta = parameter(BETA, member, member < MEMBERS, 0.0)[:, None]
-        x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
-        dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
+        x = read(x_of_sample, place, there)
+        dy = read(dy_of_sample, place, there)
         normalized = normalize(x, mean, inv_std, there)
         dz = through(dy, normalized, gamma, beta, ACTIVATION, SLOPE)
         dz = tl.where(there, dz, 0.0)
@@ -182,16 +192,14 @@ def backward_in_blocks(
         product += tl.sum(ahead * normalized, 0)[None, :]
         total += tl.sum(ahead, 0)[None, :]
     for start in range(0, MEMBERS, BLOCK_MEMBERS):
-        member = start + tl.arange(0, BLOCK_MEMBERS)
-        there = (member < MEMBERS)[:, None] & exists[None, :]
-        place = start_of_sample + member[:, None].to(tl.int64) * after + position[None, :]
+        member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
         gamma = parameter(GAMMA, member, member < MEMBERS, 1.0)[:, None]
         beta = parameter(BETA, member, member < MEMBERS, 0.0)[:, None]
-        x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
-        dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
+        x = read(x_of_sample, place, there)
+        dy = read(dy_of_sample, place, there)
         normalized = (x - mean) * inv_std
         dz = through(dy, normalized, gamma, beta, ACTIVATION, SLOPE)
         dx = dz * gamma - normalized * (product / MEMBERS)
         if SUBTRACT_MEAN:
             dx -= total / MEMBERS
-        tl.store(DX + place, (dx * inv_std).to(DX.dtype.element_ty), mask=there)
+        write(dx_of_sample, place, dx * inv_std, there)

@@ -25,8 +25,10 @@ from normwise.kernels.gpu.arithmetic import (
     normalize,
     not_negative,
     parameter,
+    read,
     result,
     through,
+    write,
 )
 
 
@@ -55,6 +57,23 @@ def places(run, channel, position, channels, positions, CHANNELS_LAST: tl.conste
 
 
 @triton.jit
+def _tile(
+    first,
+    end,
+    run,
+    channel,
+    channels,
+    positions,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr,
+):
+    """Where the elements of a tile (channels, positions) lie, and which there are."""
+    position = first + tl.arange(0, BLOCK_POSITIONS)
+    place = places(run, channel[:, None], position[None, :], channels, positions, CHANNELS_LAST)
+    return place, (channel < channels)[:, None] & (position < end)[None, :]
+
+
+@triton.jit
 def moments(
     X,
     PARTS,
@@ -73,11 +92,11 @@ def moments(
         channels, pieces, pieces_of_run, length, BLOCK_CHANNELS
     )
     end = tl.minimum(start + length, positions)
-    position = start + tl.arange(0, BLOCK_POSITIONS)
     exists = channel < channels
-    there = exists[:, None] & (position < end)[None, :]
-    place = places(run, channel[:, None], position[None, :], channels, positions, CHANNELS_LAST)
-    x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
+    place, there = _tile(
+        start, end, run, channel, channels, positions, CHANNELS_LAST, BLOCK_POSITIONS
+    )
+    x = read(X, place, there)
     shift = tl.zeros([BLOCK_CHANNELS], tl.float32)
     deviation = x
     if SUBTRACT_MEAN:
@@ -90,10 +109,10 @@ def moments(
         deviation = tl.where(there, x - shift[:, None], 0.0)
     total, squares = deviation, deviation * deviation
     for first in range(start + BLOCK_POSITIONS, end, BLOCK_POSITIONS):
-        position = first + tl.arange(0, BLOCK_POSITIONS)
-        there = exists[:, None] & (position < end)[None, :]
-        place = places(run, channel[:, None], position[None, :], channels, positions, CHANNELS_LAST)
-        x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
+        place, there = _tile(
+            first, end, run, channel, channels, positions, CHANNELS_LAST, BLOCK_POSITIONS
+        )
+        x = read(X, place, there)
         deviation = x
         if SUBTRACT_MEAN:
             deviation = tl.where(there, x - shift[:, None], 0.0)
@@ -108,6 +127,24 @@ def moments(
     out = PARTS + (sample * pieces + piece) * 2 * channels + channel
     tl.store(out, mean, mask=exists)
     tl.store(out + channels, square, mask=exists)
+
+
+@triton.jit
+def _merged(
+    PARTS,
+    positions,
+    pieces,
+    pieces_of_run,
+    GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """What this program merges: sample, groups, its parts, and how many elements a set has."""
+    blocks = tl.cdiv(GROUPS, BLOCK_GROUPS)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    group = (tl.program_id(0) % blocks) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    count = (pieces // pieces_of_run) * positions.to(tl.float32) * MEMBERS
+    return sample, group, PARTS + sample * pieces * 2 * GROUPS * MEMBERS, count
 
 
 @triton.jit
@@ -126,12 +163,10 @@ def merge_moments(
     BLOCK_PIECES: tl.constexpr,
 ):
     """STATISTICS (outer, 2, groups) of the moments of pieces."""
-    blocks = tl.cdiv(GROUPS, BLOCK_GROUPS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    group = (tl.program_id(0) % blocks) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
-    parts = PARTS + sample * pieces * 2 * GROUPS * MEMBERS
+    sample, group, parts, count = _merged(
+        PARTS, positions, pieces, pieces_of_run, GROUPS, MEMBERS, BLOCK_GROUPS
+    )
     exists = group < GROUPS
-    count = (pieces // pieces_of_run) * positions.to(tl.float32) * MEMBERS
     # From one of the means, so that equal ones are met exactly.
     first = tl.load(parts + group * MEMBERS, mask=exists, other=0.0)
     total = tl.zeros([BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_PIECES], tl.float32)
@@ -229,17 +264,18 @@ def apply(
         gamma = parameter(GAMMA, channel, exists, 1.0)[:, None]
         beta = parameter(BETA, channel, exists, 0.0)[:, None]
     for first in range(start, end, BLOCK_POSITIONS):
-        position = first + tl.arange(0, BLOCK_POSITIONS)
-        there = exists[:, None] & (position < end)[None, :]
-        place = places(run, channel[:, None], position[None, :], channels, positions, CHANNELS_LAST)
+        place, there = _tile(
+            first, end, run, channel, channels, positions, CHANNELS_LAST, BLOCK_POSITIONS
+        )
         if OF_ELEMENTS:
+            position = first + tl.arange(0, BLOCK_POSITIONS)
             element = channel[:, None].to(tl.int64) * positions + position[None, :]
             gamma = parameter(GAMMA, element, there, 1.0)
             beta = parameter(BETA, element, there, 0.0)
-        x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
+        x = read(X, place, there)
         normalized = (x - mean[:, None]) * inv_std[:, None]
         y = result(normalized, gamma, beta, ACTIVATION, SLOPE)
-        tl.store(Y + place, y.to(Y.dtype.element_ty), mask=there)
+        write(Y, place, y, there)
 
 
 @triton.jit
@@ -280,15 +316,16 @@ def sums(
     products = tl.zeros([BLOCK_CHANNELS, BLOCK_POSITIONS], tl.float32)
     total = tl.zeros([BLOCK_CHANNELS, BLOCK_POSITIONS], tl.float32)
     for first in range(start, end, BLOCK_POSITIONS):
-        position = first + tl.arange(0, BLOCK_POSITIONS)
-        there = exists[:, None] & (position < end)[None, :]
-        place = places(run, channel[:, None], position[None, :], channels, positions, CHANNELS_LAST)
+        place, there = _tile(
+            first, end, run, channel, channels, positions, CHANNELS_LAST, BLOCK_POSITIONS
+        )
         if OF_ELEMENTS:
+            position = first + tl.arange(0, BLOCK_POSITIONS)
             element = channel[:, None].to(tl.int64) * positions + position[None, :]
             gamma = parameter(GAMMA, element, there, 1.0)
             beta = parameter(BETA, element, there, 0.0)
-        x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
-        dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
+        x = read(X, place, there)
+        dy = read(DY, place, there)
         normalized = normalize(x, mean[:, None], inv_std[:, None], there)
         dz = through(dy, normalized, gamma, beta, ACTIVATION, SLOPE)
         if OF_ELEMENTS:
@@ -318,12 +355,10 @@ def merge_sums(
     BLOCK_PIECES: tl.constexpr,
 ):
     """SUMS (outer, 2, channels) of the pieces, and MEANS (outer, 2, groups) with gamma."""
-    blocks = tl.cdiv(GROUPS, BLOCK_GROUPS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    group = (tl.program_id(0) % blocks) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
     channels = GROUPS * MEMBERS
-    parts = PARTS + sample * pieces * 2 * channels
-    count = (pieces // pieces_of_run) * positions.to(tl.float32) * MEMBERS
+    sample, group, parts, count = _merged(
+        PARTS, positions, pieces, pieces_of_run, GROUPS, MEMBERS, BLOCK_GROUPS
+    )
     products_of_set = tl.zeros([BLOCK_GROUPS], tl.float32)
     total_of_set = tl.zeros([BLOCK_GROUPS], tl.float32)
     for start in range(0, MEMBERS, BLOCK_MEMBERS):
@@ -405,17 +440,17 @@ def gradient(
     gamma = parameter(GAMMA, channel, exists, 1.0)
     beta = parameter(BETA, channel, exists, 0.0)
     for first in range(start, end, BLOCK_POSITIONS):
-        position = first + tl.arange(0, BLOCK_POSITIONS)
-        there = exists[:, None] & (position < end)[None, :]
-        place = places(run, channel[:, None], position[None, :], channels, positions, CHANNELS_LAST)
-        x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
-        dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
+        place, there = _tile(
+            first, end, run, channel, channels, positions, CHANNELS_LAST, BLOCK_POSITIONS
+        )
+        x = read(X, place, there)
+        dy = read(DY, place, there)
         normalized = (x - mean[:, None]) * inv_std[:, None]
         dz = through(dy, normalized, gamma[:, None], beta[:, None], ACTIVATION, SLOPE)
         dx = dz * gamma[:, None] - normalized * product[:, None]
         if SUBTRACT_MEAN:
             dx -= total[:, None]
-        tl.store(DX + place, (dx * inv_std[:, None]).to(DX.dtype.element_ty), mask=there)
+        write(DX, place, dx * inv_std[:, None], there)
 
 
 @triton.jit

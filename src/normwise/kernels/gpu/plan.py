@@ -2,7 +2,7 @@
 
 A sample is calculated in the same way however many there are, so that its result is the same too.
 A thread holds few elements, or registers spill; a program has many threads, or too few loads are
-under way at a time. docs/gpu.md says what was measured.
+under way at a time.
 """
 
 from typing import NamedTuple
@@ -38,34 +38,44 @@ _TILES = 4
 
 def forward(norm: Norm, device: Device) -> Pass:
     """The launches that calculate y and the statistics of x."""
-    outer, before, _, members, after = norm.geometry.extents
     call = _Call(norm, device)
-    if norm.geometry.keeps_after and after > 1:
-        return _kept_forward(call, outer, members, after)
-    if before == after == 1 and power_of_2(members) <= _MOST:
-        return _rows_forward(call, outer)
-    sets = _Sets.of(norm)
-    if sets.fit(_MOST_WHOLE):
-        return _whole_forward(call, sets)
-    if sets.fit_a_program:
-        return _runs_forward(call, sets)
-    return _pieces_forward(call, sets)
+    way = {
+        "rows": _rows_forward,
+        "kept": _kept_forward,
+        "whole": _whole_forward,
+        "runs": _runs_forward,
+        "pieces": _pieces_forward,
+    }
+    return way[_pattern(norm, call.sets, _MOST, _MOST_WHOLE)](call)
 
 
 def backward(norm: Norm, device: Device, dgamma: bool, dbeta: bool) -> Pass:
     """The launches that calculate dx, and where they are asked for dgamma and dbeta."""
-    outer, before, _, members, after = norm.geometry.extents
     call = _Call(norm, device, dgamma, dbeta)
-    if norm.geometry.keeps_after and after > 1:
-        return _kept_backward(call, outer, members, after)
-    if before == after == 1 and power_of_2(members) <= _MOST_BACKWARD:
-        return _rows_backward(call, outer)
-    sets = _Sets.of(norm)
-    if sets.fit(_MOST_BACKWARD):
-        return _whole_backward(call, sets)
-    if sets.fit_a_program:
-        return _runs_backward(call, sets)
-    return _pieces_backward(call, sets)
+    way = {
+        "rows": _rows_backward,
+        "kept": _kept_backward,
+        "whole": _whole_backward,
+        "runs": _runs_backward,
+        "pieces": _pieces_backward,
+    }
+    return way[_pattern(norm, call.sets, _MOST_BACKWARD, _MOST_BACKWARD)](call)
+
+
+def _pattern(norm: Norm, sets: "_Sets", most_of_row: int, most_of_set: int) -> str:
+    """Whose kernels calculate a norm, by the file's name.
+
+    Args:
+        norm, sets: what is calculated.
+        most_of_row, most_of_set: the elements that a program can hold of a row, and of another set.
+    """
+    if norm.geometry.keeps_after and norm.geometry.after > 1:
+        return "kept"
+    if sets.of_elements and power_of_2(sets.positions) <= most_of_row:
+        return "rows"
+    if sets.fit(most_of_set):
+        return "whole"
+    return "runs" if sets.fit_a_program else "pieces"
 
 
 def _threads(elements: int, each: int = 32, most: int = 1024) -> int:
@@ -87,7 +97,8 @@ class _Call:
         }
         self._absent = {name for name, is_there in present.items() if not is_there}
         self.has_sums = present["sums"]
-        _, _, self.groups, self.members, _ = norm.geometry.extents
+        self.outer, _, self.groups, self.members, self.after = norm.geometry.extents
+        self.sets = _Sets.of(norm)
         self._values = {
             "epsilon": norm.epsilon,
             "GROUPS": self.groups,
@@ -142,32 +153,32 @@ class _Call:
 # Rows
 
 
-def _rows_forward(call: _Call, outer: int) -> Pass:
+def _rows_forward(call: _Call) -> Pass:
     block = power_of_2(call.members)
     block_outer = max(1, _TILE // block)
     launch = call.launch(
         rows.forward,
-        divided(outer, block_outer) * call.groups,
+        divided(call.outer, block_outer) * call.groups,
         _threads(block_outer * block),
         ("y", "statistics"),
-        outer=outer,
+        outer=call.outer,
         BLOCK_OUTER=block_outer,
         BLOCK_MEMBERS=block,
     )
     return Pass((launch,), {})
 
 
-def _rows_backward(call: _Call, outer: int) -> Pass:
+def _rows_backward(call: _Call) -> Pass:
     block = power_of_2(call.members)
     block_outer = max(1, _TILE // block)
     most = divided(call.device.multiprocessors * _PERSISTENT, call.groups)
-    chunks = min(divided(outer, block_outer), most)
+    chunks = min(divided(call.outer, block_outer), most)
     launch = call.launch(
         rows.backward,
         chunks * call.groups,
         _threads(block_outer * block, each=16),
         ("dx", "sums"),
-        outer=outer,
+        outer=call.outer,
         chunks=chunks,
         BLOCK_OUTER=block_outer,
         BLOCK_MEMBERS=block,
@@ -186,7 +197,8 @@ def _kept_blocks(members: int, after: int, most: int) -> dict:
     return {"BLOCK_MEMBERS": block_members, "BLOCK_AFTER": block_after}
 
 
-def _kept_forward(call: _Call, outer: int, members: int, after: int) -> Pass:
+def _kept_forward(call: _Call) -> Pass:
+    outer, members, after = call.outer, call.members, call.after
     blocks = _kept_blocks(members, after, _MOST)
     launch = call.launch(
         kept.forward,
@@ -199,7 +211,8 @@ def _kept_forward(call: _Call, outer: int, members: int, after: int) -> Pass:
     return Pass((launch,), {})
 
 
-def _kept_backward(call: _Call, outer: int, members: int, after: int) -> Pass:
+def _kept_backward(call: _Call) -> Pass:
+    outer, members, after = call.outer, call.members, call.after
     blocks = _kept_blocks(members, after, _MOST_BACKWARD)
     threads = _threads(blocks["BLOCK_MEMBERS"] * blocks["BLOCK_AFTER"], each=16)
     programs = outer * divided(after, blocks["BLOCK_AFTER"])
@@ -270,7 +283,8 @@ def _whole_blocks(sets: _Sets, most: int) -> dict:
     return {"BLOCK_GROUPS": groups, "BLOCK_MEMBERS": members, "BLOCK_POSITIONS": positions}
 
 
-def _whole(call: _Call, sets: _Sets, kernel, most: int, writes: tuple) -> Launch:
+def _whole(call: _Call, kernel, most: int, writes: tuple) -> Launch:
+    sets = call.sets
     blocks = _whole_blocks(sets, most)
     groups, members, positions = blocks.values()
     return call.launch(
@@ -284,17 +298,18 @@ def _whole(call: _Call, sets: _Sets, kernel, most: int, writes: tuple) -> Launch
     )
 
 
-def _whole_forward(call: _Call, sets: _Sets) -> Pass:
-    launch = _whole(call, sets, whole.forward, _MOST_WHOLE, ("y", "statistics"))
+def _whole_forward(call: _Call) -> Pass:
+    launch = _whole(call, whole.forward, _MOST_WHOLE, ("y", "statistics"))
     return Pass((launch,), {})
 
 
-def _whole_backward(call: _Call, sets: _Sets) -> Pass:
-    launch = _whole(call, sets, whole.backward, _MOST_BACKWARD, ("dx", "sums"))
-    return call.summed((launch,), sets.outer, sets.channels)
+def _whole_backward(call: _Call) -> Pass:
+    launch = _whole(call, whole.backward, _MOST_BACKWARD, ("dx", "sums"))
+    return call.summed((launch,), call.outer, call.sets.channels)
 
 
-def _runs(call: _Call, sets: _Sets, kernel, tile: int, writes: tuple) -> Launch:
+def _runs(call: _Call, kernel, tile: int, writes: tuple) -> Launch:
+    sets = call.sets
     positions = min(power_of_2(sets.positions), tile)
     return call.launch(
         kernel,
@@ -308,13 +323,13 @@ def _runs(call: _Call, sets: _Sets, kernel, tile: int, writes: tuple) -> Launch:
     )
 
 
-def _runs_forward(call: _Call, sets: _Sets) -> Pass:
-    return Pass((_runs(call, sets, runs.forward, 2 * _TILE, ("y", "statistics")),), {})
+def _runs_forward(call: _Call) -> Pass:
+    return Pass((_runs(call, runs.forward, 2 * _TILE, ("y", "statistics")),), {})
 
 
-def _runs_backward(call: _Call, sets: _Sets) -> Pass:
-    launch = _runs(call, sets, runs.backward, _TILE, ("dx", "sums"))
-    return call.summed((launch,), sets.outer, sets.channels)
+def _runs_backward(call: _Call) -> Pass:
+    launch = _runs(call, runs.backward, _TILE, ("dx", "sums"))
+    return call.summed((launch,), call.outer, call.sets.channels)
 
 
 class _Pieces:
@@ -376,7 +391,8 @@ def _tile(sets: _Sets) -> tuple[int, int]:
     return channels, min(power_of_2(sets.positions), _TILE // channels)
 
 
-def _pieces_forward(call: _Call, sets: _Sets) -> Pass:
+def _pieces_forward(call: _Call) -> Pass:
+    sets = call.sets
     cut = _Pieces(sets, call.device)
     launches = (
         call.launch(pieces.moments, cut.programs, cut.threads, ("parts",), **cut.tile),
@@ -386,7 +402,8 @@ def _pieces_forward(call: _Call, sets: _Sets) -> Pass:
     return Pass(launches, {"parts": sets.outer * cut.count * 2 * sets.channels})
 
 
-def _pieces_backward(call: _Call, sets: _Sets) -> Pass:
+def _pieces_backward(call: _Call) -> Pass:
+    sets = call.sets
     cut = _Pieces(sets, call.device)
     # Of rows the sums have gamma in them already, and are of no parameter.
     merge = pieces.merge_sums_of_rows if sets.of_elements else pieces.merge_sums

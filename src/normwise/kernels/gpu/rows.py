@@ -7,7 +7,15 @@ one is cut in pieces.
 import triton
 import triton.language as tl
 
-from normwise.kernels.gpu.arithmetic import inverse_root, normalize, parameter, result, through
+from normwise.kernels.gpu.arithmetic import (
+    inverse_root,
+    normalize,
+    parameter,
+    read,
+    result,
+    through,
+    write,
+)
 
 
 @triton.jit
@@ -35,7 +43,7 @@ def forward(
     there = (row < outer)[:, None] & (member < MEMBERS)[None, :]
     start = (row * GROUPS + group) * MEMBERS
     place = start[:, None] + member[None, :]
-    x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
+    x = read(X, place, there)
     mean = tl.zeros([BLOCK_OUTER], tl.float32)
     if SUBTRACT_MEAN:
         # From an element of the set, so that equal ones leave exactly 0.
@@ -52,7 +60,7 @@ def forward(
     gamma = parameter(GAMMA, channel, member < MEMBERS, 1.0)[None, :]
     beta = parameter(BETA, channel, member < MEMBERS, 0.0)[None, :]
     y = result(x * inv_std[:, None], gamma, beta, ACTIVATION, SLOPE)
-    tl.store(Y + place, y.to(Y.dtype.element_ty), mask=there)
+    write(Y, place, y, there)
 
 
 @triton.jit
@@ -91,8 +99,8 @@ def backward(
         row = first_row + tl.arange(0, BLOCK_OUTER)
         there = (row < outer)[:, None] & (member < MEMBERS)[None, :]
         place = ((row * GROUPS + group) * MEMBERS)[:, None] + member[None, :]
-        x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
-        dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
+        x = read(X, place, there)
+        dy = read(DY, place, there)
         statistics = STATISTICS + row * 2 * GROUPS + group
         mean = tl.load(statistics, mask=row < outer, other=0.0)[:, None]
         inv_std = tl.load(statistics + GROUPS, mask=row < outer, other=0.0)[:, None]
@@ -103,7 +111,7 @@ def backward(
         dx = ahead - normalized * (tl.sum(ahead * normalized, 1) / MEMBERS)[:, None]
         if SUBTRACT_MEAN:
             dx -= (tl.sum(ahead, 1) / MEMBERS)[:, None]
-        tl.store(DX + place, (dx * inv_std).to(DX.dtype.element_ty), mask=there)
+        write(DX, place, dx * inv_std, there)
         if SUMS is not None:
             products += dz * normalized
             total += dz
@@ -145,8 +153,8 @@ def gradient(
     first_row = chunk.to(tl.int64) * rows_of_chunk
     for row in range(first_row, tl.minimum(first_row + rows_of_chunk, outer)):
         place = row * channels + channel
-        x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
-        dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
+        x = read(X, place, there)
+        dy = read(DY, place, there)
         of_set = row * 2 * GROUPS + channel // MEMBERS
         mean = tl.load(STATISTICS + of_set, mask=there, other=0.0)
         inv_std = tl.load(STATISTICS + of_set + GROUPS, mask=there, other=0.0)
@@ -155,7 +163,7 @@ def gradient(
         dx = dz * gamma - normalized * tl.load(MEANS + of_set, mask=there, other=0.0)
         if SUBTRACT_MEAN:
             dx -= tl.load(MEANS + of_set + GROUPS, mask=there, other=0.0)
-        tl.store(DX + place, (dx * inv_std).to(DX.dtype.element_ty), mask=there)
+        write(DX, place, dx * inv_std, there)
         products += dz * normalized
         total += dz
     if SUMS is not None:

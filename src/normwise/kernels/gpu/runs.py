@@ -1,8 +1,7 @@
 """Runs: channels before positions, so that a set is one contiguous run, and a channel a part of it.
 
-Sets that fit registers are read whole. Of others each has a program where there are sets enough for
-all multiprocessors, and else a program for each of its pieces. The kernels here are of the second
-kind: a program reads its set twice, the second time from the L2.
+Sets that fit registers are read whole (whole.py), and long ones in pieces (pieces.py). The kernels
+here are of those between: a program reads its set twice, the second time from the L2.
 """
 
 import triton
@@ -13,8 +12,10 @@ from normwise.kernels.gpu.arithmetic import (
     normalize,
     not_negative,
     parameter,
+    read,
     result,
     through,
+    write,
 )
 
 
@@ -45,6 +46,14 @@ def _moments(x_of_set, size, SUBTRACT_MEAN: tl.constexpr, BLOCK: tl.constexpr):
         mean = shift + rest
         square = not_negative(square - rest * rest * count)
     return mean, square / count
+
+
+@triton.jit
+def _tile(start, members, positions, MEMBERS: tl.constexpr, BLOCK_POSITIONS: tl.constexpr):
+    """Where the elements of a tile (members, positions) lie in a set, and which there are."""
+    position = start + tl.arange(0, BLOCK_POSITIONS)
+    place = members[:, None].to(tl.int64) * positions + position[None, :]
+    return place, (members < MEMBERS)[:, None] & (position < positions)[None, :]
 
 
 @triton.jit
@@ -82,20 +91,11 @@ def forward(
         gamma = parameter(GAMMA, channel, exists, 1.0)[:, None]
         beta = parameter(BETA, channel, exists, 0.0)[:, None]
         for start in range(0, positions, BLOCK_POSITIONS):
-            position = start + tl.arange(0, BLOCK_POSITIONS)
-            there = exists[:, None] & (position < positions)[None, :]
-            place = members[:, None].to(tl.int64) * positions + position[None, :]
+            place, there = _tile(start, members, positions, MEMBERS, BLOCK_POSITIONS)
             # Nobody reads it again: it shall not displace what other programs are about to.
-            x = tl.load(x_of_set + place, mask=there, other=0.0, eviction_policy="evict_first").to(
-                tl.float32
-            )
+            x = read(x_of_set, place, there, "evict_first")
             y = result((x - mean) * inv_std, gamma, beta, ACTIVATION, SLOPE)
-            tl.store(
-                y_of_set + place,
-                y.to(Y.dtype.element_ty),
-                mask=there,
-                eviction_policy="evict_first",
-            )
+            write(y_of_set, place, y, there, "evict_first")
 
 
 @triton.jit
@@ -134,11 +134,9 @@ def backward(
         products = tl.zeros([BLOCK_MEMBERS, BLOCK_POSITIONS], tl.float32)
         total = tl.zeros([BLOCK_MEMBERS, BLOCK_POSITIONS], tl.float32)
         for start in range(0, positions, BLOCK_POSITIONS):
-            position = start + tl.arange(0, BLOCK_POSITIONS)
-            there = exists[:, None] & (position < positions)[None, :]
-            place = members[:, None].to(tl.int64) * positions + position[None, :]
-            x = tl.load(x_of_set + place, mask=there, other=0.0).to(tl.float32)
-            dy = tl.load(dy_of_set + place, mask=there, other=0.0).to(tl.float32)
+            place, there = _tile(start, members, positions, MEMBERS, BLOCK_POSITIONS)
+            x = read(x_of_set, place, there)
+            dy = read(dy_of_set, place, there)
             normalized = normalize(x, mean, inv_std, there)
             dz = through(dy, normalized, gamma[:, None], beta[:, None], ACTIVATION, SLOPE)
             dz = tl.where(there, dz, 0.0)
@@ -160,23 +158,12 @@ def backward(
         gamma = parameter(GAMMA, channel, exists, 1.0)[:, None]
         beta = parameter(BETA, channel, exists, 0.0)[:, None]
         for start in range(0, positions, BLOCK_POSITIONS):
-            position = start + tl.arange(0, BLOCK_POSITIONS)
-            there = exists[:, None] & (position < positions)[None, :]
-            place = members[:, None].to(tl.int64) * positions + position[None, :]
-            x = tl.load(x_of_set + place, mask=there, other=0.0, eviction_policy="evict_first").to(
-                tl.float32
-            )
-            dy = tl.load(
-                dy_of_set + place, mask=there, other=0.0, eviction_policy="evict_first"
-            ).to(tl.float32)
+            place, there = _tile(start, members, positions, MEMBERS, BLOCK_POSITIONS)
+            x = read(x_of_set, place, there, "evict_first")
+            dy = read(dy_of_set, place, there, "evict_first")
             normalized = (x - mean) * inv_std
             dz = through(dy, normalized, gamma, beta, ACTIVATION, SLOPE)
             dx = dz * gamma - normalized * product
             if SUBTRACT_MEAN:
                 dx -= mean_of_set
-            tl.store(
-                dx_of_set + place,
-                (dx * inv_std).to(DX.dtype.element_ty),
-                mask=there,
-                eviction_policy="evict_first",
-            )
+            write(dx_of_set, place, dx * inv_std, there, "evict_first")

@@ -7,7 +7,15 @@ lie first or last.
 import triton
 import triton.language as tl
 
-from normwise.kernels.gpu.arithmetic import inverse_root, normalize, parameter, result, through
+from normwise.kernels.gpu.arithmetic import (
+    inverse_root,
+    normalize,
+    parameter,
+    read,
+    result,
+    through,
+    write,
+)
 from normwise.kernels.gpu.pieces import places
 
 
@@ -71,7 +79,7 @@ def forward(
         positions, GROUPS, MEMBERS, CHANNELS_LAST, BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_POSITIONS
     )
     count = MEMBERS * positions.to(tl.float32)
-    x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
+    x = read(X, place, there)
     mean = tl.zeros([BLOCK_GROUPS, 1, 1], tl.float32)
     if SUBTRACT_MEAN:
         # From an element of the set, so that equal ones leave exactly 0.
@@ -85,7 +93,7 @@ def forward(
     gamma = parameter(GAMMA, channel, exists, 1.0)[:, :, None]
     beta = parameter(BETA, channel, exists, 0.0)[:, :, None]
     y = result(x * inv_std, gamma, beta, ACTIVATION, SLOPE)
-    tl.store(Y + place, y.to(Y.dtype.element_ty), mask=there)
+    write(Y, place, y, there)
     out = (STATISTICS + sample * 2 * GROUPS + group)[:, None, None]
     tl.store(out, mean, mask=(group < GROUPS)[:, None, None])
     tl.store(out + GROUPS, inv_std, mask=(group < GROUPS)[:, None, None])
@@ -122,8 +130,8 @@ def backward(
     inv_std = tl.load(statistics + GROUPS, mask=known, other=0.0)
     gamma = parameter(GAMMA, channel, exists, 1.0)
     beta = parameter(BETA, channel, exists, 0.0)[:, :, None]
-    x = tl.load(X + place, mask=there, other=0.0).to(tl.float32)
-    dy = tl.load(DY + place, mask=there, other=0.0).to(tl.float32)
+    x = read(X, place, there)
+    dy = read(DY, place, there)
     normalized = normalize(x, mean, inv_std, there)
     dz = through(dy, normalized, gamma[:, :, None], beta, ACTIVATION, SLOPE)
     dz = tl.where(there, dz, 0.0)
@@ -136,4 +144,4 @@ def backward(
     dx = dz * gamma[:, :, None] - normalized * product
     if SUBTRACT_MEAN:
         dx -= tl.sum(total * gamma, 1)[:, None, None] / count
-    tl.store(DX + place, (dx * inv_std).to(DX.dtype.element_ty), mask=there)
+    write(DX, place, dx * inv_std, there)
