@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from normwise import cli, migrate
-from normwise.migrate import conversion
+from normwise.migrate.models import conversion
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "tfa_models"
 # What TensorFlow Addons predicted, on another framework's kernels.

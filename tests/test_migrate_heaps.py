@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from normwise.migrate import heaps
+from normwise.migrate.models import heaps
 
 FIXTURES = Path(__file__).parents[2] / "shared" / "tfa_models"
 

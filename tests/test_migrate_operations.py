@@ -7,7 +7,7 @@ import pytest
 from frameworks import to_numpy
 
 from normwise import migrate
-from normwise.migrate import operations
+from normwise.migrate.models import operations
 
 X = np.arange(1.0, 13.0, dtype="float32").reshape(2, 2, 3) / 7.0
 NORM = np.sqrt((X**2).sum(-1, keepdims=True))

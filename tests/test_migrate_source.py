@@ -25,9 +25,8 @@ from typer.testing import CliRunner
 
 import normwise
 from normwise import cli
-from normwise.migrate import names
-from normwise.migrate.notebooks import rewrite_notebook
-from normwise.migrate.source import rewrite_source
+from normwise.migrate.source import names, rewrite_source
+from normwise.migrate.source.notebooks import rewrite_notebook
 
 CASES = Path(__file__).parent / "migrate_cases"
 DOCS = Path(__file__).parents[1] / "docs" / "migrating.md"
@@ -575,8 +574,8 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch, tmp_path):
     result = migrate(tmp_path)
     assert result.exit_code == 2
     assert "libcst must be installed; run pip install 'normwise[migrate]'" in result.stderr
-    for module in ("source", "references", "edits"):
-        monkeypatch.delitem(sys.modules, f"normwise.migrate.{module}", raising=False)
+    for module in ("", ".rewriting", ".references", ".edits"):
+        monkeypatch.delitem(sys.modules, f"normwise.migrate.source{module}", raising=False)
     monkeypatch.setitem(sys.modules, "libcst", None)
     with pytest.raises(ImportError, match=r"pip install 'normwise\[migrate\]'"):
         normwise.migrate.rewrite_source("")

@@ -175,7 +175,7 @@ def convert(
     ] = False,
 ) -> None:
     """Write a model of TensorFlow Addons as a .keras file of Keras 3, and check the file."""
-    from normwise.migrate import conversion
+    from normwise.migrate.models import conversion
 
     with _one_line_errors(ValueError, OSError):
         converted = conversion.convert(old, new, overwrite=overwrite, safe_mode=not unsafe)
@@ -198,7 +198,7 @@ def migrate(
     if diff and write:
         _fail("--diff only shows what --write does; leave one of them out")
 
-    from normwise.migrate import paths as sources
+    from normwise.migrate.source import paths as sources
 
     with _one_line_errors(ValueError):
         found = sources.find(paths)

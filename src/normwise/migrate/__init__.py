@@ -7,9 +7,9 @@ LibCST, and training neither.
 import importlib
 
 _HOMES = {
-    "convert": "conversion",
-    "load_model": "models",
-    "load_weights": "models",
+    "convert": "models.conversion",
+    "load_model": "models.loading",
+    "load_weights": "models.loading",
     "rewrite_source": "source",
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 
 import normwise
 from normwise import keras_private
-from normwise.migrate.stored import Group, Node
+from normwise.migrate.models.stored import Group, Node
 
 Pairs = list[tuple[keras.Variable, np.ndarray]]
 LayersOf = Callable[[keras.Model], list[keras.Layer]]

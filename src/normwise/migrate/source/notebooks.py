@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Iterator
 
-from normwise.migrate.names import NEW_PACKAGE
-from normwise.migrate.references import REQUIREMENT, Finding
-from normwise.migrate.source import Rewritten, in_order, parse, rewrite_cells
+from normwise.migrate.source.names import NEW_PACKAGE
+from normwise.migrate.source.references import REQUIREMENT, Finding
+from normwise.migrate.source.rewriting import Rewritten, in_order, parse, rewrite_cells
 
 # What IPython takes for itself or the shell: %pip, !ls, files = !ls, model?
 _MAGIC = re.compile(r"\s*(?:[%!?]|[\w, ]+=\s*[%!])|.*\?\s*$")

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 import libcst as cst
 from libcst import metadata
 
-from normwise.migrate import names
-from normwise.migrate.names import NEW_PACKAGE
-from normwise.migrate.references import References, bound_name, chain_of, old_imports
+from normwise.migrate.source import names
+from normwise.migrate.source.names import NEW_PACKAGE
+from normwise.migrate.source.references import References, bound_name, chain_of, old_imports
 
 
 class Edits(cst.CSTTransformer):

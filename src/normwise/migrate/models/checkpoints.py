@@ -14,8 +14,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from normwise.migrate import protobuf
-from normwise.migrate.stored import Node
+from normwise.migrate.models import protobuf
+from normwise.migrate.models.stored import Node
 
 OBJECT_GRAPH = b"_CHECKPOINTABLE_OBJECT_GRAPH"
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")

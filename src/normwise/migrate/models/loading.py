@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from normwise import keras_private
-from normwise.migrate import checkpoints, configs, files, graphs, training, weights
-from normwise.migrate.stored import Saved
+from normwise.migrate.models import checkpoints, configs, files, graphs, training, weights
+from normwise.migrate.models.stored import Saved
 
 
 def load_model(

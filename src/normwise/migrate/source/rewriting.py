@@ -16,8 +16,8 @@ except ImportError as error:
     ) from error
 from libcst import metadata
 
-from normwise.migrate.edits import Edits, name_of_package
-from normwise.migrate.references import Finding, References
+from normwise.migrate.source.edits import Edits, name_of_package
+from normwise.migrate.source.references import Finding, References
 
 # Below the source while it is read: after its own last statement LibCST keeps neither all blank
 # lines nor all comments (version 1.8; `test_the_layout_of_a_script_stays`).

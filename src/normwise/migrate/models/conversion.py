@@ -17,7 +17,7 @@ from rich.table import Table
 
 import normwise
 from normwise import keras_private
-from normwise.migrate import models
+from normwise.migrate.models import loading
 
 # Of an extent that the model leaves open. The first suits most models, and halves as often as a
 # U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
@@ -116,7 +116,7 @@ def convert(
     """
     path, out = Path(path), Path(out)
     _check_out(path, out, overwrite)
-    saved, model = models.read_model(path, custom_objects, safe_mode)
+    saved, model = loading.read_model(path, custom_objects, safe_mode)
     with tempfile.TemporaryDirectory(prefix=".normwise-", dir=out.parent) as folder:
         written = Path(folder) / out.name
         again = _save_and_read_back(model, written, path, custom_objects, safe_mode)

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from normwise.migrate.notebooks import rewrite_notebook
-from normwise.migrate.references import Finding
-from normwise.migrate.source import Rewritten, rewrite_source
+from normwise.migrate.source.notebooks import rewrite_notebook
+from normwise.migrate.source.references import Finding
+from normwise.migrate.source.rewriting import Rewritten, rewrite_source
 
 SUFFIXES = (".ipynb", ".py")
 _OTHERS_FOLDERS = {"__pycache__", "node_modules", "site-packages"}

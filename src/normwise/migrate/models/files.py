@@ -14,8 +14,8 @@ from pathlib import Path, PurePosixPath
 import h5py
 import numpy as np
 
-from normwise.migrate import checkpoints, heaps, protobuf
-from normwise.migrate.stored import Group, Node, Saved
+from normwise.migrate.models import checkpoints, heaps, protobuf
+from normwise.migrate.models.stored import Group, Node, Saved
 
 MAX_CONFIG_BYTES = 16 << 20
 ATTRIBUTE_TYPES = (h5py.h5t.TypeStringID, h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import libcst as cst
 from libcst import helpers, matchers, metadata
 
-from normwise.migrate import names
-from normwise.migrate.names import NEW_PACKAGE, OLD_PACKAGE
+from normwise.migrate.source import names
+from normwise.migrate.source.names import NEW_PACKAGE, OLD_PACKAGE
 
 # A requirement of pip, with its extras and its versions; no import.
 _VERSION = r"\s*(?:[=!<>~]=|[<>])\s*\d[\w.*]*"

@@ -7,7 +7,7 @@ import weakref
 import keras
 
 from normwise import keras_private
-from normwise.migrate import configs, operations
+from normwise.migrate.models import configs, operations
 
 MAX_LAYERS = 20_000
 CONSTANT = "_CONSTANT_VALUE"

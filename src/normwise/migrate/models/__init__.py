@@ -1,0 +1,1 @@
+"""Models and weights that Keras 2 saved, read, built and converted."""
