@@ -15,6 +15,8 @@ BACKENDS = ("tensorflow", "jax", "torch")
 
 def main() -> None:
     """Choose a backend and run the command line."""
+    # What a terminal cannot show, of the names in others' files say, is written out.
+    sys.stdout.reconfigure(errors="backslashreplace")
     choose_backend()
     from normwise.cli import app
 

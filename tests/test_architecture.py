@@ -18,6 +18,7 @@ FRAMEWORKS = {"jax", "jaxlib", "tensorflow", "torch", "tensorflow_addons"}
 FLOORS = [
     "geometry",
     "typing",
+    "text",
     "keras_private",
     "activations",
     "norm",

@@ -371,7 +371,7 @@ def test_the_command_prints_the_layers_and_where_it_wrote(old, tmp_path, monkeyp
     assert result.exit_code == 0, result.output
     for text in ("conv", "Addons>", "normwise>", "148", "largest difference"):
         assert text in result.stdout
-    assert result.stdout.endswith("Wrote new.keras\n")
+    assert result.stdout.endswith("Writing new.keras\n")
     assert names(tmp_path) == ["new.keras", "old.h5"]
 
     refused(command("old.h5", "new.keras"), "new.keras exists", "--overwrite")
@@ -391,7 +391,7 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch):
 def test_the_table_fits_a_narrow_terminal(old, tmp_path):
     converted = migrate.convert(old, tmp_path / "new.keras")
     console = Console(file=io.StringIO(), width=80)
-    console.print(conversion.table(converted))
+    console.print(cli.converted_table(converted))
     shown = console.file.getvalue()
     assert "…" not in shown
     assert "148" in shown

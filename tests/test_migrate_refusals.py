@@ -282,7 +282,7 @@ def test_compressed_bombs_are_refused(h5):
     def make(file):
         file.create_dataset(KERNEL, (4, 10**10), "f4", chunks=(4, 1 << 16), compression="gzip")
 
-    refused(replaced(h5, make), "makes more than 20 times the size of the file")
+    refused(replaced(h5, make), "more than [0-9,]+ bytes of arrays, .* the most for a file of")
 
 
 def test_compressed_weights_load(h5):
@@ -350,7 +350,10 @@ def test_members_that_lack_are_named(members, tmp_path):
 def test_zip_bombs_are_refused(members, tmp_path):
     members["model.weights.h5"] = bytes(100 << 20)
     path = zipped(tmp_path / "old.keras", members, compression=zipfile.ZIP_DEFLATED)
-    refused(path, "inflates to more than")
+    refused(
+        path,
+        "inflates to too much: it asks for more than .* bytes of arrays, .* without compression",
+    )
 
 
 def test_damaged_weights_in_an_archive_are_refused(members, tmp_path):

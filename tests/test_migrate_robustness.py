@@ -257,13 +257,13 @@ HOSTILE = {
     ),
     "a zip bomb": (
         changed_keras(lambda members: archives.bomb(members, "model.weights.h5")),
-        ["model.weights.h5 inflates to more than"],
+        ["model.weights.h5 inflates to too much"],
     ),
     "a bomb for a config": (
         changed_keras(lambda members: archives.bomb(members, "config.json")),
-        ["config.json inflates to more than"],
+        ["config.json inflates to too much"],
     ),
-    "compressed zeros": (compressed_zeros, ["more than 20 times the size of the file"]),
+    "compressed zeros": (compressed_zeros, ["bytes of arrays", "save it without compression"]),
     "zeros that are not there": (unwritten_zeros, ["claims", "by its shape"]),
     "a config of terabytes": (with_layer(wide_dense(1 << 40)), ["dense"]),
     "a link to another file": (link_to_other_file, ["link", "not followed"]),

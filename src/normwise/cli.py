@@ -7,7 +7,7 @@ Matplotlib and scikit-learn are imported by the commands that need them. The scr
 import enum
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,9 +15,11 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import normwise
 from normwise.doctor import report
+from normwise.text import printable
 from normwise.tutorial import NORMS, SPLITS
 
 EXIT_REMAINING = 1
@@ -177,10 +179,14 @@ def convert(
     """Write a model of TensorFlow Addons as a .keras file of Keras 3, and check the file."""
     from normwise.migrate.models import conversion
 
-    with _one_line_errors(ValueError, OSError):
-        converted = conversion.convert(old, new, overwrite=overwrite, safe_mode=not unsafe)
-    Console().print(conversion.table(converted))
-    typer.echo(f"Wrote {new}")
+    # What cannot be printed is not written.
+    with (
+        _one_line_errors(ValueError, OSError),
+        conversion.prepared(old, new, overwrite=overwrite, safe_mode=not unsafe) as converted,
+    ):
+        Console().print(converted_table(converted))
+        typer.echo(f"Writing {new}")
+        sys.stdout.flush()
 
 
 @app.command()
@@ -194,26 +200,87 @@ def migrate(
     write: Annotated[bool, typer.Option("--write", help="Change the files.")] = False,
 ) -> None:
     """Rewrite source from TensorFlow Addons to normwise; 1 says that something is left to do."""
-    _require_installed("libcst", extra="migrate")
     if diff and write:
         _fail("--diff only shows what --write does; leave one of them out")
 
     from normwise.migrate.source import paths as sources
 
-    with _one_line_errors(ValueError):
-        found = sources.find(paths)
-    migrated, errors = sources.migrate_each(found)
+    try:
+        found, errors = sources.find(paths)
+    except (ValueError, OSError) as error:
+        _fail(_shown(str(error)))
+    migrated, unread = sources.migrate_each(found)
+    errors += unread
     if diff:
-        sources.print_diff(migrated)
+        typer.echo(b"".join(each.diff() for each in migrated if each.is_changed), nl=False)
+        for where, old, advice in _left(migrated):
+            typer.echo(_shown(f"{where}: {old}: {advice}"), err=True)
     elif migrated:
-        errors += sources.write_each(migrated) if write else []
-        sources.print_findings(migrated, is_written=write)
+        left = migrated
+        if write:
+            errors += sources.write_each(migrated)
+            # What remains is found anew, for its lines have moved.
+            left, unread = sources.migrate_each(each.path for each in migrated)
+            errors += unread
+        _print_findings(migrated, left, is_written=write)
     for error in errors:
-        typer.echo(f"Error: {error}", err=True)
+        typer.echo(_shown(f"Error: {error}"), err=True)
     if errors:
         raise typer.Exit(EXIT_BAD_INPUT)
     if any(each.rewritten.remaining for each in migrated):
         raise typer.Exit(EXIT_REMAINING)
+
+
+def _print_findings(migrated: list, left: list, *, is_written: bool) -> None:
+    """Print what moves, what is left in the files after it, and how much that is."""
+    moved = [
+        (each.where(finding), finding.old, _with_note(finding.new, finding.note))
+        for each in migrated
+        for finding in each.rewritten.changes
+    ]
+    remaining = sum(len(each.rewritten.remaining) for each in migrated)
+    rows = [(row, "") for row in moved] + [(row, "bold") for row in _left(left)]
+    if rows:
+        table = Table("where", "old", "now")
+        for column in table.columns:
+            column.overflow = "fold"
+        for row, style in rows:
+            # As text, for Rich would read :100: as an emoji and [x] as a style.
+            table.add_row(*(Text(_shown(cell)) for cell in row), style=style)
+        Console().print(table)
+    changed = sum(each.is_changed for each in migrated)
+    if not moved and not remaining:
+        typer.echo(f"Nothing of TensorFlow Addons is in {len(migrated)} files.")
+        return
+    names = f"{len(moved)} of {len(moved) + remaining} names"
+    typer.echo(
+        f"{names} were moved, in {changed} files."
+        if is_written
+        else f"{names} can be moved, in {changed} files: --diff shows how, --write does it."
+    )
+
+
+def _left(migrated: list) -> Iterator[tuple[str, str, str]]:
+    """What the files name of TensorFlow Addons, then what Keras 3 refuses, and what to do."""
+    for each in migrated:
+        for found in each.rewritten.remaining:
+            by_hand = "no successor" if found.new is None else f"by hand: {found.new}"
+            yield each.where(found), found.old, _with_note(by_hand, found.note)
+    for each in migrated:
+        for found in each.rewritten.hints:
+            new = _with_note(found.new or "nothing", found.note)
+            yield each.where(found), found.old, f"for Keras 3: {new}"
+
+
+def _with_note(text: str, note: str) -> str:
+    return f"{text} ({note})" if note else text
+
+
+def _shown(text: str) -> str:
+    """Text as any terminal shows it: what would steer it, or what it cannot encode, is escaped."""
+    seen = (each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    encoding = sys.stdout.encoding or "ascii"
+    return "".join(seen).encode(encoding, "backslashreplace").decode(encoding)
 
 
 @app.command()
@@ -225,6 +292,27 @@ def doctor() -> None:
     for name, finding in findings.items():
         table.add_row(name, finding)
     Console().print(table)
+
+
+def converted_table(conversion) -> Table:
+    """The layers of a conversion as a table for the terminal."""
+    titled = Table(
+        caption=(
+            f"saved by Keras {conversion.versions['saved by Keras']}, "
+            f"written by Keras {conversion.versions['keras']}; largest difference on random input "
+            f"{conversion.largest_difference:.1e} ({conversion.tolerance:.1e} is allowed)"
+        ),
+        caption_justify="left",
+    )
+    for heading in ("layer", "old class", "new class"):
+        titled.add_column(heading, overflow="fold")
+    for heading in ("weights\nmoved", "parameters"):
+        titled.add_column(heading, justify="right")
+    for layer in conversion.layers:
+        counts = (f"{layer.weights:,}", f"{layer.parameters:,}") if layer.weights else ("-", "-")
+        names = (Text(printable(name or "-")) for name in (layer.name, layer.old, layer.new))
+        titled.add_row(*names, *counts)
+    return titled
 
 
 def _ints(option: str, text: str) -> tuple[int, ...]:
@@ -250,5 +338,5 @@ def _one_line_errors(*kinds: type[Exception]) -> Iterable[None]:
 
 
 def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {message}", err=True)
+    typer.echo(f"Error: {printable(message)}", err=True)
     raise typer.Exit(EXIT_BAD_INPUT)

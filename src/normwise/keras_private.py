@@ -7,7 +7,7 @@ without, or says so.
 import contextlib
 import importlib
 import numbers
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -83,6 +83,26 @@ def inner_layers(layer: keras.Layer, recursive: bool = True) -> list[keras.Layer
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     """The variables of a layer without those of its layers; what is trained first."""
     return [*_name(layer, "_trainable_variables"), *_name(layer, "_non_trainable_variables")]
+
+
+def visit_shapes(model: keras.Model, inputs: Any, visit: Callable[[Any, tuple, Any], None]) -> Any:
+    """Run a model on symbolic inputs, with `visit(operation, arguments, outputs)` after each step.
+
+    The steps of the models in it are its own; a layer, whatever it holds, is one.
+    """
+    graph = _name(model, "_functional") if isinstance(model, keras.Sequential) else model
+
+    def symbolic(operation):
+        def run(*args, **kwargs):
+            if hasattr(operation, "_run_through_graph") or getattr(operation, "_functional", None):
+                return visit_shapes(operation, args[0], visit)
+            outputs = operation.compute_output_spec(*args, **kwargs)
+            visit(operation, args, outputs)
+            return outputs
+
+        return run
+
+    return _name(graph, "_run_through_graph")(inputs, operation_fn=symbolic)
 
 
 def mask_of(tensor: Tensor) -> Tensor | None:

@@ -1,5 +1,6 @@
 """A model file of Keras 2 and TensorFlow Addons, written anew as a `.keras` file of Keras 3."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -13,11 +14,12 @@ from typing import Any
 import keras
 import ml_dtypes
 import numpy as np
-from rich.table import Table
 
 import normwise
 from normwise import keras_private
 from normwise.migrate.models import loading
+from normwise.migrate.models.reading import formats
+from normwise.migrate.models.reading.budget import Budget
 
 # Of an extent that the model leaves open. The first suits most models, and halves as often as a
 # U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
@@ -114,43 +116,62 @@ def convert(
     Traceback (most recent call last):
     ValueError: old.h5 does not end in .keras, as Keras 3 wants it; write to old.keras
     """
+    with prepared(
+        path,
+        out,
+        custom_objects=custom_objects,
+        safe_mode=safe_mode,
+        overwrite=overwrite,
+        seed=seed,
+    ) as conversion:
+        return conversion
+
+
+@contextlib.contextmanager
+def prepared(
+    path, out, *, custom_objects=None, safe_mode=True, overwrite=False, seed=0
+) -> Iterator[Conversion]:
+    """All that `convert` does, the last step at the end of the block: if it raises, never."""
     path, out = Path(path), Path(out)
     _check_out(path, out, overwrite)
     saved, model = loading.read_model(path, custom_objects, safe_mode)
-    with tempfile.TemporaryDirectory(prefix=".normwise-", dir=out.parent) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix=".normwise-", dir=out.parent, ignore_cleanup_errors=True
+    ) as folder:
         written = Path(folder) / out.name
         again = _save_and_read_back(model, written, path, custom_objects, safe_mode)
         _compare_weights(model, again, path)
         difference, tolerance = _compare_predictions(model, again, path, seed)
+        yield Conversion(
+            path=path,
+            out=out,
+            layers=tuple(_converted_layers(saved.config, model)),
+            largest_difference=difference,
+            tolerance=tolerance,
+            versions={"saved by Keras": saved.version, **_versions()},
+        )
+        _move(written, out, overwrite)
+
+
+def _move(written: Path, out: Path, overwrite: bool) -> None:
+    """Move a file to its place in one step; without `overwrite`, to one that nobody has taken."""
+    if overwrite:
         written.replace(out)
-    return Conversion(
-        path=path,
-        out=out,
-        layers=tuple(_converted_layers(saved.config, model)),
-        largest_difference=difference,
-        tolerance=tolerance,
-        versions={"saved by Keras": saved.version, **_versions()},
-    )
+        return
+    try:
+        try:
+            os.link(written, out)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            out.open("xb").close()
+            written.replace(out)
+    except FileExistsError:
+        raise ValueError(_exists(out)) from None
 
 
-def table(conversion: Conversion) -> Table:
-    """The layers of a conversion as a table for the terminal."""
-    titled = Table(
-        caption=(
-            f"saved by Keras {conversion.versions['saved by Keras']}, "
-            f"written by Keras {conversion.versions['keras']}; largest difference on random input "
-            f"{conversion.largest_difference:.1e} ({conversion.tolerance:.1e} is allowed)"
-        ),
-        caption_justify="left",
-    )
-    for heading in ("layer", "old class", "new class"):
-        titled.add_column(heading, overflow="fold")
-    for heading in ("weights\nmoved", "parameters"):
-        titled.add_column(heading, justify="right")
-    for layer in conversion.layers:
-        counts = (f"{layer.weights:,}", f"{layer.parameters:,}") if layer.weights else ("-", "-")
-        titled.add_row(layer.name, layer.old or "-", layer.new, *counts)
-    return titled
+def _exists(out: Path) -> str:
+    return f"{out} exists; write to another, or pass overwrite=True (--overwrite)"
 
 
 def _check_out(path: Path, out: Path, overwrite: bool) -> None:
@@ -166,7 +187,7 @@ def _check_out(path: Path, out: Path, overwrite: bool) -> None:
     if out.is_dir():
         raise ValueError(f"{out} is a folder; write to another name")
     if os.path.lexists(out) and not overwrite:
-        raise ValueError(f"{out} exists; write to another, or pass overwrite=True (--overwrite)")
+        raise ValueError(_exists(out))
 
 
 def _save_and_read_back(model, written, path, custom_objects, safe_mode):
@@ -215,8 +236,10 @@ def _inputs_and_outputs(model, path, seed):
     specs = _input_specs(model, path)
     is_open = any(None in spec.shape[1:] for spec in keras.tree.flatten(specs))
     for extent in OPEN_EXTENTS if is_open else OPEN_EXTENTS[:1]:
-        inputs = _random_inputs(model, specs, extent, np.random.default_rng(seed))
         try:
+            shaped = keras.tree.map_structure(lambda spec, n=extent: _shaped(spec, n), specs)
+            _check_work(model, shaped, Budget(formats.file_bytes(path)))
+            inputs = _random_inputs(model, shaped, np.random.default_rng(seed))
             outputs = _predict(model, inputs)
             if not all(output.size for output in outputs):
                 raise ValueError("nothing is left of it at the end")
@@ -241,7 +264,25 @@ def _input_specs(model, path):
         ) from error
 
 
-def _random_inputs(model, specs, extent, rng):
+def _shaped(spec, extent: int) -> keras.KerasTensor:
+    batch, *extents = spec.shape
+    shape = (batch or BATCH, *(extent if given is None else given for given in extents))
+    return keras.KerasTensor(shape, keras.backend.standardize_dtype(spec.dtype))
+
+
+def _check_work(model, inputs, budget: Budget) -> None:
+    """Count what a model makes of inputs before they are drawn: its config may claim any extent."""
+
+    def count(operation, arguments, outputs):
+        budget.spend("elements", sum(map(_size, keras.tree.flatten(outputs))))
+        if isinstance(operation, keras.layers.RNN | keras.layers.TimeDistributed):
+            budget.spend("steps", keras.tree.flatten(arguments)[0].shape[1] or 0)
+
+    count(None, (), inputs)
+    keras_private.visit_shapes(model, inputs, count)
+
+
+def _random_inputs(model, specs, rng):
     """Input for every part of a model to do something: integers for tables, gaps for masks."""
     layers = keras_private.inner_layers(model)
     vocabularies = [
@@ -250,18 +291,15 @@ def _random_inputs(model, specs, extent, rng):
     masks = [layer.mask_value for layer in layers if isinstance(layer, keras.layers.Masking)]
 
     def draw(spec):
-        batch, *extents = spec.shape
-        shape = (batch or BATCH, *(extent if given is None else given for given in extents))
-        dtype = keras.backend.standardize_dtype(spec.dtype)
         # Integers below the smallest vocabulary are valid whatever becomes of an input.
-        if vocabularies or "int" in dtype or dtype == "bool":
-            drawn = rng.integers(0, min(vocabularies, default=2), shape)
+        if vocabularies or "int" in spec.dtype or spec.dtype == "bool":
+            drawn = rng.integers(0, min(vocabularies, default=2), spec.shape)
         else:
-            drawn = rng.normal(size=shape)
-        if len(shape) > 1:
+            drawn = rng.standard_normal(spec.shape, "float32")
+        if len(spec.shape) > 1:
             # As a shorter sequence, padded on the right, which is what cuDNN's kernels take.
-            drawn[0, (shape[1] + 1) // 2 :] = masks[0] if masks else 0
-        return keras.ops.convert_to_tensor(drawn, dtype)
+            drawn[0, (spec.shape[1] + 1) // 2 :] = masks[0] if masks else 0
+        return keras.ops.convert_to_tensor(drawn, spec.dtype)
 
     return keras.tree.map_structure(draw, specs)
 
@@ -287,8 +325,8 @@ def _tolerance(model, outputs) -> float:
     return float(eps * largest * sum(np.sqrt(_size(weight)) for weight in model.weights))
 
 
-def _size(weight) -> int:
-    return math.prod(weight.shape)
+def _size(tensor) -> int:
+    return math.prod(1 if extent is None else extent for extent in tensor.shape)
 
 
 def _converted_layers(config: dict, model) -> Iterator[ConvertedLayer]:
@@ -314,7 +352,7 @@ def _layers(model, prefix="") -> Iterator[tuple[str, keras.Layer]]:
 
 def _classes(config: dict, prefix="") -> Iterator[tuple[str, str]]:
     """The same walk as `_layers`, through the config of a model."""
-    for layer in config["config"].get("layers", []):
+    for layer in config["config"].get("layers") or []:
         # As the loader names it: Keras 3 builds paths of the names.
         name = prefix + str(layer["config"].get("name")).replace("/", "_")
         if "layers" in layer["config"]:
@@ -326,7 +364,7 @@ def _classes(config: dict, prefix="") -> Iterator[tuple[str, str]]:
 def _class(config: dict) -> str:
     """The class of a serialized layer, and in parentheses those of the layers that it wraps."""
     inner = config["config"]
-    wrapped = [inner.get("layer"), inner.get("cell"), *inner.get("cells", [])]
+    wrapped = [inner.get("layer"), inner.get("cell"), *(inner.get("cells") or [])]
     names = ", ".join(_class(each) for each in wrapped if isinstance(each, dict))
     name = config.get("registered_name") or config["class_name"]
     return f"{name}({names})" if names else name

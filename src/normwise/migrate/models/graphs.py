@@ -8,8 +8,8 @@ import keras
 
 from normwise import keras_private
 from normwise.migrate.models import configs, operations
+from normwise.migrate.models.reading.budget import Budget
 
-MAX_LAYERS = 20_000
 CONSTANT = "_CONSTANT_VALUE"
 
 
@@ -39,11 +39,15 @@ class Builder:
     saved; Keras 3 keeps another order.
     """
 
-    def __init__(self, translator: configs.Translator):
+    def __init__(self, translator: configs.Translator, budget: Budget):
         self._translator = translator
+        self.budget = budget
         self.layers = weakref.WeakKeyDictionary()
-        # Those that keep their state from batch to batch, which is made without it.
-        self.stateful = []
+        # How many calls one call of a model comes to.
+        self._calls = weakref.WeakKeyDictionary()
+        # Options that layers get in the end: `stateful` ones keep their state from batch to batch,
+        # which is made without it, and `unroll` repeats a cell as often as an input claims.
+        self.late = {"stateful": [], "unroll": []}
 
     def model(self, data: dict) -> keras.Model:
         """A model, or a layer."""
@@ -55,8 +59,13 @@ class Builder:
             raise ValueError(f"the config is of a {name}, which is no model")
         return made
 
+    def calls(self, layer) -> int:
+        """How many calls one call of a layer comes to."""
+        return self._calls.get(layer, 1) if isinstance(layer, keras.Layer) else 1
+
     def layer(self, data: dict) -> keras.Layer:
         """A layer, with all that is in it."""
+        self.budget.spend("layers")
         if not isinstance(data, dict):
             raise ValueError(f"a layer is {data!r:.80}; expected a JSON object")
         if not isinstance(config := data.get("config"), dict):
@@ -76,15 +85,19 @@ class Builder:
         options = self._translator.options(data, cls)
         if is_own:
             return cls.from_config(options)
+        held = []
         for key in configs.NESTED:
             if isinstance(inner := config.get(key), list):
                 options[key] = [self.layer(each) for each in inner]
+                held += options[key]
             elif inner is not None:
                 options[key] = self.layer(inner)
-        is_stateful = options.pop("stateful", False)
+                held.append(options[key])
+        late = [layers for key, layers in self.late.items() if options.pop(key, False)]
         layer = cls(**options)
-        if is_stateful:
-            self.stateful.append(layer)
+        for layers in late:
+            layers.append(layer)
+        self._calls[layer] = 1 + sum(map(self.calls, held))
         return layer
 
     def _lambda(self, config: dict) -> keras.Layer:
@@ -114,7 +127,9 @@ class Builder:
         return keras.layers.Lambda.from_config(options, safe_mode=self._translator.safe_mode)
 
     def _sequential(self, data: dict, config: dict) -> keras.Model:
-        layers = [self.layer(each) for each in _checked_layers(config)]
+        layers = [self.layer(each) for each in _listed_layers(config)]
+        calls = sum(map(self.calls, layers))
+        self.budget.spend("calls", calls)
         if layers and not isinstance(layers[0], keras.layers.InputLayer | keras.Model):
             shape = (
                 _shape(config["layers"][0]["config"].get("batch_input_shape"))
@@ -125,6 +140,7 @@ class Builder:
                 layers.insert(0, keras.Input(batch_shape=(None, *shape[1:])))
         model = keras.Sequential(layers, name=_name(config))
         self.layers[model] = [each for each in layers if isinstance(each, keras.Layer)]
+        self._calls[model] = calls
         return model
 
     def _functional(self, data: dict, config: dict) -> keras.Model:
@@ -136,15 +152,13 @@ class Builder:
             cls = self._translator.class_of(data)
         model = cls(inputs=inputs, outputs=outputs, name=_name(config))
         self.layers[model] = graph.layers
+        self._calls[model] = graph.calls
         return model
 
 
-def _checked_layers(config: dict) -> list[dict]:
-    layers = config.get("layers")
-    if not isinstance(layers, list):
+def _listed_layers(config: dict) -> list[dict]:
+    if not isinstance(layers := config.get("layers"), list):
         raise ValueError("the layers of a model are no list")
-    if len(layers) > MAX_LAYERS:
-        raise ValueError(f"a model has {len(layers)} layers; at most {MAX_LAYERS} are built")
     return layers
 
 
@@ -165,12 +179,14 @@ class _Graph:
     """The calls of a functional model, made one after the other as their inputs come to be."""
 
     def __init__(self, config: dict, builder: Builder):
+        self._builder = builder
+        self.calls = 0
         self._made = {}
         self._outputs = {}
         self._nested = set()
         calls = []
-        for data in _checked_layers(config):
-            calls += self._add(data, builder)
+        for data in _listed_layers(config):
+            calls += self._add(data)
         self._first_calls = self._find_first_calls(config)
         self._run(calls)
 
@@ -179,7 +195,7 @@ class _Graph:
         """The layers in the order of the config; a function of TensorFlow is none."""
         return [layer for layer in self._made.values() if isinstance(layer, keras.Layer)]
 
-    def _add(self, data: dict, builder: Builder) -> list[Call]:
+    def _add(self, data: dict) -> list[Call]:
         """Make a layer, and list its calls."""
         if not isinstance(data, dict) or not isinstance(data.get("config"), dict):
             raise ValueError(f"a layer is {data!r:.80}; expected a JSON object with a config")
@@ -191,7 +207,7 @@ class _Graph:
         if class_name in configs.CALLS:
             self._made[name] = operations.find(config)
         else:
-            made = self._made[name] = builder.layer(data)
+            made = self._made[name] = self._builder.layer(data)
             if isinstance(made, keras.layers.InputLayer):
                 self._outputs[name, 0] = [made.output]
             elif isinstance(made, keras.Model):
@@ -262,11 +278,14 @@ class _Graph:
 
     def _make(self, call: Call):
         target = self._made[call.layer]
+        calls = self._builder.calls(target)
+        self._builder.budget.spend("calls", calls)
+        self.calls += calls
         inputs = _unnested(self._resolve(call.inputs))
         options = self._resolve(call.options)
         if not isinstance(target, keras.Layer):
             options.pop("name", None)
-            return target(inputs, **options)
+            return operations.call(target, inputs, options, self._builder.budget)
         options = {key: value for key, value in options.items() if value is not None}
         is_recurrent = isinstance(target, keras.layers.RNN | keras.layers.Bidirectional)
         if is_recurrent and isinstance(inputs, list):

@@ -9,8 +9,11 @@ import keras
 import numpy as np
 
 from normwise import keras_private
-from normwise.migrate.models import checkpoints, configs, files, graphs, training, weights
+from normwise.migrate.models import configs, graphs, reader, training, weights
+from normwise.migrate.models.reading import checkpoints, formats
+from normwise.migrate.models.reading.budget import Budget
 from normwise.migrate.models.stored import Saved
+from normwise.text import printable
 
 
 def load_model(
@@ -28,8 +31,8 @@ def load_model(
     once normwise is imported.
 
     A file is not trusted: no code in it runs, no module that it names is imported, no link in it
-    is followed, and nothing is made in the size that it claims before that is compared with what
-    it holds.
+    is followed. Another process reads it, whose end is an error here, and neither that nor what is
+    made of it takes more than the size of the file allows.
 
     Args:
         path: of the file or the folder.
@@ -54,7 +57,7 @@ def load_model(
     >>> import normwise
     >>> normwise.migrate.load_model("model.h5")
     Traceback (most recent call last):
-    FileNotFoundError: [Errno 2] No such file or directory: 'model.h5'
+    FileNotFoundError: model.h5: there is no such file or folder; check the name
     """
     saved, model = read_model(path, custom_objects, safe_mode)
     if compile:
@@ -66,8 +69,8 @@ def load_model(
 def read_model(path, custom_objects=None, safe_mode=True) -> tuple[Saved, keras.Model]:
     """What a file holds, and the model that it makes; arguments and errors are `load_model`'s."""
     with _refusing(path) as path:
-        saved = files.read_model(path)
-        return saved, _built(saved, custom_objects, safe_mode)
+        saved, budget = reader.read_model(path), Budget(formats.file_bytes(path))
+        return saved, _built(saved, budget, custom_objects, safe_mode)
 
 
 def load_weights(model: keras.Model, path: str | PathLike[str]) -> None:
@@ -93,11 +96,11 @@ def load_weights(model: keras.Model, path: str | PathLike[str]) -> None:
     >>> import keras, normwise
     >>> normwise.migrate.load_weights(keras.Sequential(), "model.h5")
     Traceback (most recent call last):
-    FileNotFoundError: [Errno 2] No such file or directory: 'model.h5'
+    FileNotFoundError: model.h5: there is no such file or folder; check the name
     """
     with _refusing(path) as path:
-        stored = files.read_weights(path)
-        for variable, array in weights.pair(model, stored, lambda each: each.layers):
+        stored, budget = reader.read_weights(path).weights, Budget(formats.file_bytes(path))
+        for variable, array in weights.pair(model, stored, lambda each: each.layers, budget):
             variable.assign(_tensor(array, variable.dtype))
         _finalize(model)
 
@@ -109,26 +112,24 @@ def _refusing(path):
     h5py, Keras and the frameworks raise a dozen kinds of errors at damaged files.
     """
     path = Path(path)
-    if not checkpoints.exists(path):
-        path.stat()
+    if not path.exists() and not checkpoints.exists(path):
+        raise FileNotFoundError(f"{path}: there is no such file or folder; check the name")
     try:
         yield path
     except Exception as error:
-        text = " ".join(str(error).split())
         if type(error) is not ValueError:
-            text = (
-                f"it is damaged, or not as Keras 2 writes it: {type(error).__name__} ({text:.300})"
-            )
-        raise ValueError(f"{path} cannot be loaded: {text}") from error
+            error = reader.damaged(type(error).__name__, str(error))
+        text = printable(" ".join(f"{path} cannot be loaded: {error}".split()))
+        raise ValueError(text) from error
 
 
-def _built(saved: Saved, custom_objects, safe_mode) -> keras.Model:
+def _built(saved: Saved, budget: Budget, custom_objects, safe_mode) -> keras.Model:
     translator = configs.Translator(custom_objects, safe_mode)
-    builder = graphs.Builder(translator)
+    builder = graphs.Builder(translator, budget)
     with translator.scope(), keras_private.nothing_allocated():
         model = builder.model(saved.config)
         pairs = weights.pair(
-            model, saved.weights, lambda each: builder.layers.get(each) or each.layers
+            model, saved.weights, lambda each: builder.layers.get(each) or each.layers, budget
         )
         # Instead of random values, which would cost their computation and be lost.
         late = [
@@ -138,13 +139,18 @@ def _built(saved: Saved, custom_objects, safe_mode) -> keras.Model:
         ]
     for variable, array in late:
         variable.assign(_tensor(array, variable.dtype))
-    if builder.stateful:
+    layers = keras_private.inner_layers(model)
+    unrolled = [place for place, each in enumerate(layers) if each in builder.late["unroll"]]
+    if builder.late["stateful"]:
         # Their states have values from the beginning, which no variable could have until here.
-        for layer in builder.stateful:
+        for layer in builder.late["stateful"]:
             layer.stateful = True
         values = model.get_weights()
         model = keras.models.clone_model(model)
         model.set_weights(values)
+        layers = keras_private.inner_layers(model)
+    for place in unrolled:
+        layers[place].unroll = True
     _finalize(model)
     return model
 

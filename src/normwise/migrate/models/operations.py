@@ -7,7 +7,10 @@ first argument by name.
 import itertools
 from collections.abc import Callable
 
+import keras
 from keras import ops
+
+from normwise.migrate.models.reading.budget import Budget
 
 
 def _index(saved):
@@ -188,6 +191,10 @@ OPERATIONS = {
 }
 
 
+# What gives as many tensors as an extent says.
+_CUTS = (OPERATIONS["split"], OPERATIONS["unstack"])
+
+
 def find(config: dict) -> Callable:
     """The function that a TFOpLambda or SlicingOpLambda layer of this config calls."""
     name = config.get("function")
@@ -197,3 +204,20 @@ def find(config: dict) -> Callable:
             "with a layer of your own in its place, and pass that as custom_objects"
         )
     return OPERATIONS[name]
+
+
+def call(function: Callable, inputs, options: dict, budget: Budget):
+    """What one of the functions gives for tensors of a model."""
+    if not any(isinstance(x, keras.KerasTensor) for x in keras.tree.flatten([inputs, options])):
+        # It would be computed here and now, in whatever size.
+        raise ValueError("the model calls a function on numbers alone, as Keras 2 never saves it")
+    if function in _CUTS:
+        budget.spend("tensors", _count(inputs, **options))
+    return function(inputs, **options)
+
+
+def _count(value, num_or_size_splits=None, num=None, axis=0) -> int:
+    """Into how many tensors one is cut."""
+    if isinstance(num_or_size_splits, list):
+        return len(num_or_size_splits)
+    return num_or_size_splits or num or value.shape[axis] or 1

@@ -9,15 +9,16 @@ import numpy as np
 class Node:
     """The arrays of one object, and the objects inside it, by the names of their attributes.
 
-    Keras 2's `.weights.h5` numbers the arrays ("0", "1"); a checkpoint names them ("kernel").
+    Keras 2's `.weights.h5` numbers the arrays ("0", "1"); a checkpoint names them ("kernel"). An
+    object may be in several others, and in itself.
+
+    Args:
+        is_empty: whether there is no array in it, nor in what it holds.
     """
 
     variables: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     children: dict[str, "Node"] = dataclasses.field(default_factory=dict)
-
-    def is_empty(self) -> bool:
-        """Whether there is no array in it, nor in what it holds."""
-        return not self.variables and all(child.is_empty() for child in self.children.values())
+    is_empty: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,13 @@ class Saved:
     """A model as it lies in a file.
 
     Args:
-        config: the model's config, as the file has it.
+        weights: groups in the order of the layers (`.h5`), or a tree of objects.
+        config: the model's config, as the file has it; None where it holds weights alone.
         training: what the model was compiled with, or None.
         version: of the Keras that wrote it.
-        weights: groups in the order of the layers (`.h5`), or a tree of objects.
     """
 
-    config: dict
-    training: dict | None
-    version: str
     weights: list[Group] | Node
+    config: dict | None
+    training: dict | None
+    version: str | None

@@ -11,6 +11,7 @@ import numpy as np
 
 import normwise
 from normwise import keras_private
+from normwise.migrate.models.reading.budget import Budget
 from normwise.migrate.models.stored import Group, Node
 
 Pairs = list[tuple[keras.Variable, np.ndarray]]
@@ -22,17 +23,19 @@ TOP_LEVEL = "top_level_model_weights"
 WRAPPERS = (normwise.layers.WeightNormalization, normwise.layers.SpectralNormalization)
 
 
-def pair(model: keras.Model, stored: list[Group] | Node, layers_of: LayersOf) -> Pairs:
+def pair(
+    model: keras.Model, stored: list[Group] | Node, layers_of: LayersOf, budget: Budget
+) -> Pairs:
     """Every variable of a model with its array.
 
     Raises:
         ValueError: a variable has no array, an array no variable, or shapes differ.
     """
     if isinstance(stored, Node):
-        pairs = _Walk(layers_of).pairs(model, stored)
+        pairs = _Walk(layers_of, budget).pairs(model, stored)
     else:
         pairs = _pair_groups(model, stored, layers_of)
-    pairs += [(each, np.zeros(each.shape, each.dtype)) for each in _offsets(model)]
+    pairs += [(each, np.broadcast_to(np.float32(0), each.shape)) for each in _offsets(model)]
     given = {id(variable) for variable, _ in pairs}
     if absent := [each.path for each in model.weights if id(each) not in given]:
         raise ValueError(f"the file holds nothing for {_listed(absent)}")
@@ -42,6 +45,7 @@ def pair(model: keras.Model, stored: list[Group] | Node, layers_of: LayersOf) ->
                 f"the model's {variable.path} has the shape {tuple(variable.shape)}, and the "
                 f"file's has {array.shape}"
             )
+        budget.spend("bytes of weights", array.nbytes)
     return pairs
 
 
@@ -137,8 +141,9 @@ class _Walk:
     An object that a model has twice is in the `.weights.h5` where it came first.
     """
 
-    def __init__(self, layers_of: LayersOf):
+    def __init__(self, layers_of: LayersOf, budget: Budget):
         self._layers_of = layers_of
+        self._budget = budget
         self._visited = set()
         self._pairs = []
 
@@ -151,13 +156,14 @@ class _Walk:
         if id(layer) in self._visited:
             return
         self._visited.add(id(layer))
+        self._budget.spend("names of weights", len(node.variables) + len(node.children))
         self._variables(layer, node, path)
         if isinstance(layer, keras.Model):
             self._layers(self._layers_of(layer), node, path)
             return
         for name, inner in _attributes(layer).items():
             child = node.children.get(name)
-            if child is None or child.is_empty():
+            if child is None or child.is_empty:
                 continue
             if isinstance(inner, keras.Layer):
                 self._layer(inner, child, f"{path}/{name}")
@@ -215,9 +221,10 @@ class _Walk:
 
         Keras up to 2.13 skips numbers, so it is the rank among those with weights that counts.
         """
+        self._budget.spend("names of weights", len(node.children))
         stored = {}
         for name in sorted(node.children, key=_natural):
-            if not node.children[name].is_empty():
+            if not node.children[name].is_empty:
                 stored.setdefault(_stem(name), []).append(node.children[name])
         wanted = {}
         for layer in layers:
@@ -225,7 +232,7 @@ class _Walk:
                 stem = "" if "" in stored else _stem(_snake_case(type(layer).__name__))
                 wanted.setdefault(stem, []).append(layer)
         by_name = {layer.name: layer for each in wanted.values() for layer in each}
-        if set(by_name) == {n for n, child in node.children.items() if not child.is_empty()}:
+        if set(by_name) == {n for n, child in node.children.items() if not child.is_empty}:
             for name, layer in by_name.items():
                 self._layer(layer, node.children[name], f"{path}/{name}")
             return

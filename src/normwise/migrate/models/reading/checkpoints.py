@@ -10,77 +10,81 @@ Reference: tensorflow/core/util/tensor_bundle and tensorflow/core/lib/io/table_f
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from normwise.migrate.models import protobuf
-from normwise.migrate.models.stored import Node
+from normwise.migrate.models.reading import protobuf
+from normwise.migrate.models.reading.budget import Budget
 
 OBJECT_GRAPH = b"_CHECKPOINTABLE_OBJECT_GRAPH"
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
 FOOTER_BYTES = 48
 TRAILER_BYTES = 5  # how a block is compressed, and its checksum
 MAX_INDEX_BYTES = 64 << 20
-MAX_DEPTH = 64
 
 # TensorFlow's numbers of the dtypes that a weight may have.
 DTYPES = {
-    1: np.dtype("float32"),
-    2: np.dtype("float64"),
-    3: np.dtype("int32"),
-    4: np.dtype("uint8"),
-    5: np.dtype("int16"),
-    6: np.dtype("int8"),
-    9: np.dtype("int64"),
-    10: np.dtype("bool"),
-    14: np.dtype(ml_dtypes.bfloat16),
-    17: np.dtype("uint16"),
-    19: np.dtype("float16"),
-    22: np.dtype("uint32"),
-    23: np.dtype("uint64"),
+    **{1: "float32", 2: "float64", 3: "int32", 4: "uint8", 5: "int16", 6: "int8", 9: "int64"},
+    **{10: "bool", 14: "bfloat16", 17: "uint16", 19: "float16", 22: "uint32", 23: "uint64"},
+}
+ITEM_BYTES = {
+    name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name in DTYPES.values()
 }
 STRING = 7
 
 
+# What Keras, for its own ends, hangs under every layer of a SavedModel, or a model has beside its
+# layers.
+BESIDE = ("keras_api", "optimizer", "save_counter", "signatures", "variables", "metrics")
+
+
+def parts(prefix: Path) -> list[Path]:
+    """The files of a checkpoint: its index, and its tensors."""
+    return [prefix.with_name(prefix.name + end) for end in (".index", ".data-00000-of-00001")]
+
+
 def exists(prefix: Path) -> bool:
     """Whether there is a checkpoint of this prefix."""
-    return prefix.with_name(f"{prefix.name}.index").is_file()
+    return parts(prefix)[0].is_file()
 
 
-def read(prefix: Path) -> Node:
-    """The tree of the objects that a checkpoint holds."""
-    index = prefix.with_name(f"{prefix.name}.index")
+def read(prefix: Path, budget: Budget) -> list:
+    """The objects that a checkpoint holds, the root first.
+
+    Each is a pair: its arrays by name, and the numbers of the objects inside it by name.
+    """
+    index, tensors = parts(prefix)
     if index.stat().st_size > MAX_INDEX_BYTES:
         raise ValueError(f"{index.name} is larger than the {MAX_INDEX_BYTES >> 20} MiB allowed")
-    entries = dict(_table(index.read_bytes()))
-    shards = _Shards(prefix, entries.get(b"", b""))
+    entries = dict(_table(index.read_bytes(), budget))
     if OBJECT_GRAPH not in entries:
         raise ValueError(
             f"{index.name} holds no graph of objects, so it was saved by TensorFlow 1; load it "
             "there, and save the weights as .h5"
         )
-    graph = _object_graph(shards.string(entries[OBJECT_GRAPH]))
-    return _Tree(graph, entries, shards).node(0, depth=0)
+    shard = _Shard(tensors, entries.get(b"", b""))
+    return _tree(_object_graph(shard.string(entries[OBJECT_GRAPH])), entries, shard)
 
 
-def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _table(data: bytes, budget: Budget) -> Iterator[tuple[bytes, bytes]]:
     """Every key and value of a sorted table."""
     if data[-len(MAGIC) :] != MAGIC:
         raise ValueError("the index of the checkpoint is no table, or it is cut short")
     footer = data[-FOOTER_BYTES:]
     at = protobuf.varint(footer, protobuf.varint(footer, 0)[1])[1]
-    for _, handle in _block(data, footer[at:]):
-        yield from _block(data, handle)
+    for _, handle in _block(data, footer[at:], budget):
+        yield from _block(data, handle, budget)
 
 
-def _block(data: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
+def _block(data: bytes, handle: bytes, budget: Budget) -> Iterator[tuple[bytes, bytes]]:
     start, at = protobuf.varint(handle, 0)
     size, _ = protobuf.varint(handle, at)
     if start + size + TRAILER_BYTES > len(data) or size < 4:
         raise ValueError("the index of the checkpoint is cut short")
     if data[start + size] != 0:
         raise ValueError("the index of the checkpoint is compressed, which TensorFlow never does")
+    budget.spend("bytes of text", size)
     block = data[start : start + size]
     restarts = int.from_bytes(block[-4:], "little")
     end = size - 4 * (restarts + 1)
@@ -92,14 +96,15 @@ def _block(data: bytes, handle: bytes) -> Iterator[tuple[bytes, bytes]]:
         if shared > len(key) or at + added + length > end:
             raise ValueError("the index of the checkpoint is damaged")
         key = key[:shared] + block[at : at + added]
+        budget.spend("bytes of text", len(key))
         yield key, block[at + added : at + added + length]
         at += added + length
 
 
-class _Shards:
-    """The files that hold the tensors."""
+class _Shard:
+    """The file that holds the tensors."""
 
-    def __init__(self, prefix: Path, header: bytes):
+    def __init__(self, path: Path, header: bytes):
         described = protobuf.collect(header)
         count = _last(described, 1, 1)
         if _last(described, 2, 0) != 0:
@@ -107,40 +112,45 @@ class _Shards:
         if count != 1:
             # As hundreds of machines write it together, which no file of a layer's user is.
             raise ValueError(f"the checkpoint is of {count} files; save the weights as .h5")
-        path = prefix.with_name(f"{prefix.name}.data-00000-of-00001")
-        self._data = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, "uint8")
+        if not path.is_file():
+            raise ValueError(f"the checkpoint lacks {path.name}, which has the tensors")
+        self._path = path
+        self._size = path.stat().st_size
 
-    def tensor(self, entry: bytes) -> np.ndarray | None:
+    def tensor(self, entry: bytes) -> dict[str, Any] | None:
         """The tensor of an entry; None where it is of no dtype of weights."""
         described = protobuf.collect(entry)
         dtype = DTYPES.get(_last(described, 1, 0))
         if dtype is None:
             return None
         shape = tuple(_extents(_last(described, 2, b"")))
-        raw = self._bytes(described)
-        if math.prod(shape) * dtype.itemsize != len(raw):
-            raise ValueError(f"a tensor of shape {shape} has {len(raw)} bytes in the checkpoint")
-        return raw.view(dtype).reshape(shape)
+        start, size = self._place(described)
+        if math.prod(shape) * ITEM_BYTES[dtype] != size:
+            raise ValueError(f"a tensor of shape {shape} has {size} bytes in the checkpoint")
+        return {"dtype": dtype, "shape": shape, "at": start}
 
     def string(self, entry: bytes) -> bytes:
         """The single string of an entry: its length, a checksum of that, and itself."""
         described = protobuf.collect(entry)
         if _last(described, 1, 0) != STRING:
             raise ValueError("the graph of objects in the checkpoint is no string")
-        raw = self._bytes(described).tobytes()
+        start, size = self._place(described)
+        with self._path.open("rb") as file:
+            file.seek(start)
+            raw = file.read(size)
         length, at = protobuf.varint(raw, 0)
         if at + 4 + length != len(raw):
             raise ValueError("the graph of objects in the checkpoint is cut short")
         return raw[at + 4 :]
 
-    def _bytes(self, described) -> np.ndarray:
+    def _place(self, described) -> tuple[int, int]:
         start, size = _last(described, 4, 0), _last(described, 5, 0)
-        if start + size > len(self._data):
+        if start + size > self._size:
             raise ValueError(
-                f"the checkpoint's data ends after {len(self._data)} bytes, "
+                f"the checkpoint's data ends after {self._size} bytes, "
                 f"before the {start + size} that its index names"
             )
-        return self._data[start : start + size]
+        return start, size
 
 
 def _extents(shape: bytes) -> Iterator[int]:
@@ -170,38 +180,25 @@ def _object_graph(data: bytes) -> list[tuple[dict[str, int], bytes | None]]:
     return graph
 
 
-class _Tree:
-    """The graph as a tree from its root: an object of two owners is under both."""
-
-    # What Keras, for its own ends, hangs under every layer of a SavedModel, or a model has beside
-    # its layers.
-    BESIDE = ("keras_api", "optimizer", "save_counter", "signatures", "variables", "metrics")
-
-    def __init__(self, graph, entries, shards):
-        self._graph, self._entries, self._shards = graph, entries, shards
-        self._made = {}
-
-    def node(self, index: int, depth: int) -> Node:
-        """The tree below one object."""
-        if index in self._made:
-            return self._made[index]
-        if depth > MAX_DEPTH:
-            raise ValueError(f"objects of the checkpoint lie more than {MAX_DEPTH} deep")
-        if not index < len(self._graph):
-            raise ValueError(f"the checkpoint names an object {index} that it does not have")
-        # Before its children, so that an object that holds itself ends there.
-        node = self._made[index] = Node()
-        for name, child in self._graph[index][0].items():
-            if name in self.BESIDE:
+def _tree(graph, entries, shard) -> list:
+    """What can be reached from the root: an object of two owners is there once."""
+    numbers, reached, nodes = {0: 0}, [0], []
+    for index in reached:  # which grows
+        arrays, children = {}, {}
+        for name, child in graph[index][0].items():
+            if name in BESIDE:
                 continue
-            key = self._graph[child][1] if child < len(self._graph) else None
+            if not child < len(graph):
+                raise ValueError(f"the checkpoint names an object {child} that it does not have")
+            key = graph[child][1]
             if key is None:
-                node.children[name] = self.node(child, depth + 1)
-            elif (array := self._array(key)) is not None:
-                node.variables[name] = array
-        return node
-
-    def _array(self, key: bytes) -> np.ndarray | None:
-        if key not in self._entries:
-            raise ValueError(f"the checkpoint lacks the value {key.decode(errors='replace')}")
-        return self._shards.tensor(self._entries[key])
+                if child not in numbers:
+                    numbers[child] = len(reached)
+                    reached.append(child)
+                children[name] = numbers[child]
+            elif key not in entries:
+                raise ValueError(f"the checkpoint lacks the value {key.decode(errors='replace')!r}")
+            elif (array := shard.tensor(entries[key])) is not None:
+                arrays[name] = array
+        nodes.append((arrays, children))
+    return nodes

@@ -1,0 +1,178 @@
+"""The first of two stages: a file becomes plain data, in a process of its own, and that a Saved.
+
+HDF5 ends a process at some damaged files, and never returns from others; decompression takes what
+memory it is given. So another process reads, with limits in proportion to the file, and what it
+answers is data: JSON, and the bytes of arrays that are not in the file as they are in memory. All
+others are mapped from the file.
+
+Where no Python can be started (a program that is frozen or embeds Python, a system without
+processes) the file is read in place, and then only the budget of `reading` limits what it costs.
+"""
+
+import collections
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from normwise.migrate.models.reading import child, formats
+from normwise.migrate.models.reading.budget import LIMITS, Budget
+from normwise.migrate.models.stored import Group, Node, Saved
+
+# Of a processor, after Python has started; most files take a tenth of a second.
+PROCESSOR_S, BYTES_PER_PROCESSOR_S = 3, 10_000_000
+# By the clock, where the disk is slow or far away, with the start.
+CLOCK_S, BYTES_PER_CLOCK_S = 60, 3_000_000
+MEMORY_BYTES = 512 << 20
+MAX_PLAIN_BYTES = 96 << 20
+
+
+def read_model(path: Path) -> Saved:
+    """What a file or a folder of a whole model holds."""
+    return _saved(path, "read_model")
+
+
+def read_weights(path: Path) -> Saved:
+    """What a file of weights, or a checkpoint of this prefix, holds."""
+    return _saved(path, "read_weights")
+
+
+def damaged(kind: str, text: str) -> ValueError:
+    """The error for whatever a library raises at a file."""
+    return ValueError(f"it is damaged, or not as Keras 2 writes it: {kind} ({text:.300})")
+
+
+def _saved(path: Path, function: str) -> Saved:
+    answer = _ask(path, function)
+    plain, contents = getattr(formats, function)(path) if answer is None else answer
+    arrays = _Arrays(formats.parts(path)[-1], contents)
+    if "groups" in plain:
+        weights = [
+            Group(name, [(each, arrays.array(described)) for each, described in held])
+            for name, held in plain["groups"]
+        ]
+    else:
+        weights = _root(plain["tree"], arrays)
+    return Saved(weights, *(plain.get(each) for each in ("config", "training", "version")))
+
+
+def _ask(path: Path, function: str) -> tuple[dict, list[bytearray]] | None:
+    """What a process of its own reads; None where none can be started."""
+    # A program that embeds Python is no Python to start, and would start itself.
+    if "python" not in Path(sys.executable or "").name.lower() or hasattr(sys, "frozen"):
+        return None
+    size = formats.file_bytes(path)
+    processor_s = PROCESSOR_S + size // BYTES_PER_PROCESSOR_S
+    task = {
+        "search": [each for each in sys.path if each],
+        "function": function,
+        "path": str(path.resolve()),
+        "processor_s": processor_s,
+        "memory_bytes": MEMORY_BYTES + int((LIMITS["bytes of arrays"][1] + 4) * size),
+    }
+    options = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, *options, child.__file__, json.dumps(task)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            # No filter of HDF5 comes from another place, and no threads are needed.
+            env={**os.environ, "HDF5_PLUGIN_PRELOAD": "::", "OPENBLAS_NUM_THREADS": "1"},
+            creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
+        )
+    except OSError:
+        return None
+    clock_s = CLOCK_S + size / BYTES_PER_CLOCK_S
+    watch = threading.Timer(clock_s, process.kill)
+    watch.start()
+    try:
+        with process:
+            try:
+                if process.stdout.read(len(child.READY)) != child.READY:
+                    return None
+                plain, contents = _answer(process.stdout, size)
+            except EOFError:
+                process.wait()
+                raise ValueError(_end(process.returncode, processor_s, clock_s)) from None
+            finally:
+                process.kill()
+    finally:
+        watch.cancel()
+    if "error" in plain:
+        kind, text = plain["error"]
+        raise ValueError(text) if kind == "ValueError" else damaged(kind, text)
+    return plain, contents
+
+
+def _answer(pipe: BinaryIO, file_bytes: int) -> tuple[dict, list[bytearray]]:
+    length = int.from_bytes(_exactly(pipe, 8), "little")
+    if length > MAX_PLAIN_BYTES + file_bytes:
+        raise ValueError(f"it makes {length:,} bytes of names, which no file of its size does")
+    plain = json.loads(_exactly(pipe, length))
+    Budget(file_bytes).spend("bytes of arrays", sum(plain.get("sizes", ())))
+    return plain, [_exactly(pipe, size) for size in plain.get("sizes", ())]
+
+
+def _exactly(pipe: BinaryIO, size: int) -> bytearray:
+    content = bytearray(size)
+    if pipe.readinto(content) < size:
+        raise EOFError
+    return content
+
+
+def _end(status: int, processor_s: float, clock_s: float) -> str:
+    """Why a process ended that has not answered."""
+    name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+    if name == "SIGXCPU":
+        return f"reading it takes more than {processor_s:.0f} s, so it is damaged"
+    if name == "SIGKILL":
+        return f"reading it takes more than {clock_s:.0f} s, or more memory than there is"
+    return f"it is damaged: HDF5 ends the process that reads it ({name})"
+
+
+class _Arrays:
+    """The arrays of a file: its own bytes, or contents that came apart from it."""
+
+    def __init__(self, path: Path, contents: list):
+        is_mapped = path.exists() and path.stat().st_size > 0
+        self._file = np.memmap(path, "uint8", "r") if is_mapped else np.empty(0, "uint8")
+        self._contents = contents
+
+    def array(self, described: dict[str, Any]) -> np.ndarray:
+        """An array of the plain data."""
+        name = described["dtype"]
+        dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
+        shape = tuple(described["shape"])
+        if "at" in described:
+            size = math.prod(shape) * dtype.itemsize
+            raw = self._file[described["at"] : described["at"] + size]
+            return raw.view(dtype).reshape(shape)
+        return np.frombuffer(self._contents[described["content"]], dtype).reshape(shape)
+
+
+def _root(tree: list, arrays: _Arrays) -> Node:
+    nodes = [
+        Node({name: arrays.array(each) for name, each in described.items()})
+        for described, _ in tree
+    ]
+    owners = collections.defaultdict(list)
+    for node, (_, children) in zip(nodes, tree, strict=True):
+        node.children = {name: nodes[number] for name, number in children.items()}
+        for each in node.children.values():
+            owners[id(each)].append(node)
+    filled = [node for node in nodes if node.variables]
+    while filled:
+        node = filled.pop()
+        if node.is_empty:
+            node.is_empty = False
+            filled += owners[id(node)]
+    return nodes[0]
