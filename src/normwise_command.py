@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 BACKENDS = ("tensorflow", "jax", "torch")
+OTHER_BACKENDS = ("numpy", "openvino")  # of Keras, which do not train
 
 
 def main() -> None:
@@ -34,6 +35,11 @@ def choose_backend() -> None:
     if not wanted and (configured := _configured_backend()) != "tensorflow":
         wanted = configured
     if wanted:
+        if wanted not in BACKENDS + OTHER_BACKENDS:
+            sys.exit(
+                f"Error: Keras is set to the backend {wanted}, which there is not; set "
+                f"KERAS_BACKEND to {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}"
+            )
         if wanted in BACKENDS and importlib.util.find_spec(wanted) is None:
             sys.exit(
                 f"Error: Keras is set to the backend {wanted}, which is not installed; run "

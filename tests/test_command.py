@@ -39,6 +39,7 @@ def test_the_backend_is_one_that_is_installed(
         ({"jax"}, "torch", None, ["backend torch, which is not", "'normwise[torch]'"]),
         ({"jax"}, "tensorflow", None, ["backend tensorflow, which is not"]),
         ({"tensorflow"}, None, "jax", ["backend jax, which is not", "'normwise[jax]'"]),
+        ({"jax"}, "nope", None, ["backend nope, which there is not", "tensorflow, jax or torch"]),
     ],
 )
 def test_a_backend_that_is_not_installed_is_refused(

@@ -19,7 +19,7 @@ from rich.text import Text
 
 import normwise
 from normwise.doctor import report
-from normwise.text import printable
+from normwise.text import one_line, printable
 from normwise.tutorial import NORMS, SPLITS
 
 EXIT_REMAINING = 1
@@ -81,8 +81,8 @@ def tutorial(
     _require_installed("matplotlib", *(["sklearn"] if data == "digits" else []))
     with _one_line_errors(OSError):
         out.mkdir(parents=True, exist_ok=True)
-        if json_file is not None and not json_file.parent.is_dir():
-            _fail(f"--json {json_file}: there is no folder {json_file.parent}; make it first")
+    if json_file is not None:
+        _check_file("--json", json_file)
 
     from normwise.tutorial import data as tutorial_data
     from normwise.tutorial import figures, model, run
@@ -143,8 +143,9 @@ def figure(
     if groups is not None and norm is not DrawnNorm.group:
         _fail(f"--groups {groups} is for group norm, and {norm} norm has none; leave it out")
     out = out or Path(f"normwise-{norm}.png")
-    if not out.suffix:
+    if not out.suffix and out.name:
         out = out.with_suffix(".png")
+    _check_file("--out", out)
     extents = _ints("--shape", shape)
     axes = _ints("--axis", axis)
     title = f"{norm}, axis={axis}, shape {shape}"
@@ -205,10 +206,8 @@ def migrate(
 
     from normwise.migrate.source import paths as sources
 
-    try:
+    with _one_line_errors(ValueError, OSError):
         found, errors = sources.find(paths)
-    except (ValueError, OSError) as error:
-        _fail(_shown(str(error)))
     migrated, unread = sources.migrate_each(found)
     errors += unread
     if diff:
@@ -277,10 +276,9 @@ def _with_note(text: str, note: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """Text as any terminal shows it: what would steer it, or what it cannot encode, is escaped."""
-    seen = (each if each.isprintable() else ascii(each)[1:-1] for each in text)
+    """Text that this terminal can show."""
     encoding = sys.stdout.encoding or "ascii"
-    return "".join(seen).encode(encoding, "backslashreplace").decode(encoding)
+    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 @app.command()
@@ -322,6 +320,14 @@ def _ints(option: str, text: str) -> tuple[int, ...]:
         _fail(f"{option} {text!r} is no list of ints; write it as in {option} 4,5,5,8")
 
 
+def _check_file(option: str, path: Path) -> None:
+    """Refuse a file that could not be written in the end."""
+    if path.is_dir():
+        _fail(f"{option} {path} is a folder; name a file in it")
+    if not path.parent.is_dir():
+        _fail(f"{option} {path}: there is no folder {path.parent}; make it first")
+
+
 def _require_installed(*modules: str, extra: str = "tutorial") -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
@@ -338,5 +344,5 @@ def _one_line_errors(*kinds: type[Exception]) -> Iterable[None]:
 
 
 def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {printable(message)}", err=True)
+    typer.echo(f"Error: {one_line(message)}", err=True)
     raise typer.Exit(EXIT_BAD_INPUT)

@@ -6,8 +6,6 @@ import keras
 
 import normwise
 
-MAX_DEPTH = 100
-
 # Options that Keras 3 has no more, and the values of theirs that ask for what Keras 3 does anyway.
 # None stands for any value: the option only said how to compute the same. An option that is null
 # asks for nothing.
@@ -123,27 +121,25 @@ class Translator:
             )
         return _without_leftovers(config, cls, name)
 
-    def _value(self, key: str, value, depth: int = 0):
+    def _value(self, key: str, value):
         """A value of a config, with what is serialized in it as Keras 3 wants it."""
-        if depth > MAX_DEPTH:
-            raise ValueError(f"the config is more than {MAX_DEPTH} levels deep")
         if key == "dtype":
             return dtype_name(value)
         if isinstance(value, list):
-            return [self._value(key, each, depth + 1) for each in value]
+            return [self._value(key, each) for each in value]
         if isinstance(value, str) and key.endswith("activation"):
             return self.function(value)
         if not isinstance(value, dict):
             return value
         if "class_name" in value:
-            return self._object(key, value, depth)
-        return {name: self._value(name, each, depth + 1) for name, each in value.items()}
+            return self._object(key, value)
+        return {name: self._value(name, each) for name, each in value.items()}
 
-    def _object(self, key: str, value: dict, depth: int):
+    def _object(self, key: str, value: dict):
         name, registered = _names(value)
         if name == "function":
             return self.function(value.get("config"))
-        inner = self._value(key, _config(value), depth + 1)
+        inner = self._value(key, _config(value))
         if self._own(registered) is not None:
             return {**_serialized(None, registered, inner), "registered_name": registered}
         if name in GRAPHS and _of_keras(value.get("module")):
@@ -179,19 +175,17 @@ class Translator:
             raise ValueError(missing([name]))
         return name
 
-    def unknown(self, value, key: str = "", depth: int = 0) -> list[str]:
+    def unknown(self, value, key: str = "") -> list[str]:
         """The names of all classes and functions in a config that nobody here knows."""
-        if depth > MAX_DEPTH:
-            raise ValueError(f"the config is more than {MAX_DEPTH} levels deep")
         if isinstance(value, str) and key.endswith("activation"):
             return [] if self._is_function(value) else [value]
         if isinstance(value, list):
-            return [name for each in value for name in self.unknown(each, key, depth + 1)]
+            return [name for each in value for name in self.unknown(each, key)]
         if not isinstance(value, dict) or key == "dtype":
             return []
         found = [] if self._is_known(value) else [_names(value)[1]]
         for inner, each in value.items():
-            found += self.unknown(each, inner, depth + 1)
+            found += self.unknown(each, inner)
         return found
 
     def _is_known(self, data: dict) -> bool:

@@ -20,6 +20,7 @@ from normwise import keras_private
 from normwise.migrate.models import loading
 from normwise.migrate.models.reading import formats
 from normwise.migrate.models.reading.budget import Budget
+from normwise.text import one_line
 
 # Of an extent that the model leaves open. The first suits most models, and halves as often as a
 # U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
@@ -167,7 +168,11 @@ def _move(written: Path, out: Path, overwrite: bool) -> None:
             out.open("xb").close()
             written.replace(out)
     except FileExistsError:
-        raise ValueError(_exists(out)) from None
+        raise _refused(_exists(out)) from None
+
+
+def _refused(text: str) -> ValueError:
+    return ValueError(one_line(text))
 
 
 def _exists(out: Path) -> str:
@@ -176,18 +181,18 @@ def _exists(out: Path) -> str:
 
 def _check_out(path: Path, out: Path, overwrite: bool) -> None:
     if out.suffix != ".keras":
-        raise ValueError(
+        raise _refused(
             f"{out} does not end in .keras, as Keras 3 wants it; "
             f"write to {out.with_suffix('.keras')}"
         )
     if not out.parent.is_dir():
-        raise ValueError(f"{out}: there is no folder {out.parent}; make it first")
+        raise _refused(f"{out}: there is no folder {out.parent}; make it first")
     if out.exists() and path.exists() and out.samefile(path):
-        raise ValueError(f"{out} is the file to convert; write to another")
+        raise _refused(f"{out} is the file to convert; write to another")
     if out.is_dir():
-        raise ValueError(f"{out} is a folder; write to another name")
+        raise _refused(f"{out} is a folder; write to another name")
     if os.path.lexists(out) and not overwrite:
-        raise ValueError(_exists(out))
+        raise _refused(_exists(out))
 
 
 def _save_and_read_back(model, written, path, custom_objects, safe_mode):
@@ -200,7 +205,7 @@ def _save_and_read_back(model, written, path, custom_objects, safe_mode):
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(
+        raise _refused(
             f"{path} was loaded, but Keras {keras.__version__} cannot save it and read it back "
             f"({_first_line(error)}); keep the model of load_model, and its weights alone"
         ) from error
@@ -210,7 +215,7 @@ def _compare_weights(model, again, path) -> None:
     for old, new in itertools.zip_longest(model.weights, again.weights):
         if old is None or new is None or not np.array_equal(_numpy(old), _numpy(new), True):
             named = new if old is None else old
-            raise ValueError(
+            raise _refused(
                 f"{path}: the weight {named.path} is another after saving, so nothing was "
                 "written; does a layer of your own leave an argument out of its config?"
             )
@@ -223,7 +228,7 @@ def _compare_predictions(model, again, path, seed) -> tuple[float, float]:
     tolerance = _tolerance(model, expected)
     difference = max(map(_largest_difference, found, expected), default=0.0)
     if not difference <= tolerance:
-        raise ValueError(
+        raise _refused(
             f"{path}: the written model predicts otherwise than the loaded one, by "
             f"{difference:.1e} with {tolerance:.1e} allowed; nothing was written. Does a layer of "
             "your own leave an argument out of its config?"
@@ -246,7 +251,7 @@ def _inputs_and_outputs(model, path, seed):
             return inputs, outputs
         except Exception as error:
             refusal = error
-    raise ValueError(
+    raise _refused(
         f"{path} was loaded, but the model takes no random input of the shapes that it declares "
         f"({_first_line(refusal)}), so the file to write cannot be checked; use load_model, and "
         "save the model once you have compared its predictions"
@@ -258,7 +263,7 @@ def _input_specs(model, path):
     try:
         return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
     except (AttributeError, ValueError) as error:
-        raise ValueError(
+        raise _refused(
             f"{path} holds a {type(model).__name__}, which does not say what its inputs are, so "
             "the file to write cannot be checked; use load_model, call the model, and save it"
         ) from error

@@ -331,18 +331,16 @@ def _is_reference(value) -> bool:
     )
 
 
-def _parsed(value, options=None, depth=0):
+def _parsed(value, options=None):
     """A value with the references in it told from lists; what hangs on them goes to `options`."""
-    if depth > configs.MAX_DEPTH:
-        raise ValueError("a call of the config is nested too deep")
     if _is_reference(value):
         if options is not None and len(value) == 4 and isinstance(value[3], dict):
             options.update(value[3])
         return value[2] if value[0] == CONSTANT else Reference(*value[:3])
     if isinstance(value, list):
-        return [_parsed(each, options, depth + 1) for each in value]
+        return [_parsed(each, options) for each in value]
     if isinstance(value, dict):
-        return {key: _parsed(each, options, depth + 1) for key, each in value.items()}
+        return {key: _parsed(each, options) for key, each in value.items()}
     return value
 
 

@@ -13,7 +13,7 @@ from normwise.migrate.models import configs, graphs, reader, training, weights
 from normwise.migrate.models.reading import checkpoints, formats
 from normwise.migrate.models.reading.budget import Budget
 from normwise.migrate.models.stored import Saved
-from normwise.text import printable
+from normwise.text import one_line
 
 
 def load_model(
@@ -113,14 +113,14 @@ def _refusing(path):
     """
     path = Path(path)
     if not path.exists() and not checkpoints.exists(path):
-        raise FileNotFoundError(f"{path}: there is no such file or folder; check the name")
+        text = f"{path}: there is no such file or folder; check the name"
+        raise FileNotFoundError(one_line(text))
     try:
         yield path
     except Exception as error:
         if type(error) is not ValueError:
             error = reader.damaged(type(error).__name__, str(error))
-        text = printable(" ".join(f"{path} cannot be loaded: {error}".split()))
-        raise ValueError(text) from error
+        raise ValueError(one_line(f"{path} cannot be loaded: {error}")) from error
 
 
 def _built(saved: Saved, budget: Budget, custom_objects, safe_mode) -> keras.Model:

@@ -62,6 +62,14 @@ def _refuse_unless(condition, what: str) -> None:
         raise ValueError(f"the model calls {what}, for which there is no function of Keras here")
 
 
+def _add_n(inputs):
+    return sum(inputs[1:], inputs[0])
+
+
+def _squared_difference(x, y):
+    return ops.square(ops.subtract(x, y))
+
+
 def _unary(function) -> Callable:
     return lambda x: function(x)
 
@@ -77,73 +85,42 @@ def _reduction(function) -> Callable:
     return reduce
 
 
-_UNARY = {
-    "math.abs": ops.abs,
-    "math.exp": ops.exp,
-    "math.log": ops.log,
-    "math.negative": ops.negative,
-    "math.rsqrt": ops.rsqrt,
-    "math.sigmoid": ops.sigmoid,
-    "math.sin": ops.sin,
-    "math.cos": ops.cos,
-    "identity": lambda x: x,
-    "math.add_n": lambda inputs: sum(inputs[1:], inputs[0]),
-    "math.floor": ops.floor,
-    "math.logical_not": ops.logical_not,
-    "math.sign": ops.sign,
-    "math.softplus": ops.softplus,
-    "math.sqrt": ops.sqrt,
-    "math.square": ops.square,
-    "math.tanh": ops.tanh,
-    "nn.elu": ops.elu,
-    "nn.relu": ops.relu,
-    "nn.relu6": ops.relu6,
-    "nn.selu": ops.selu,
-    "nn.sigmoid": ops.sigmoid,
-    "nn.silu": ops.silu,
-    "nn.swish": ops.silu,
-    "nn.tanh": ops.tanh,
-    "stop_gradient": ops.stop_gradient,
-}
-_BINARY = {
-    "__operators__.add": ops.add,
-    "compat.v1.floor_div": ops.floor_divide,
-    "math.add": ops.add,
-    "math.equal": ops.equal,
-    "math.greater": ops.greater,
-    "math.greater_equal": ops.greater_equal,
-    "math.less": ops.less,
-    "math.less_equal": ops.less_equal,
-    "math.logical_and": ops.logical_and,
-    "math.logical_or": ops.logical_or,
-    "math.not_equal": ops.not_equal,
-    "math.floordiv": ops.floor_divide,
-    "math.floormod": ops.mod,
-    "math.divide": ops.divide,
-    "math.maximum": ops.maximum,
-    "math.minimum": ops.minimum,
-    "math.multiply": ops.multiply,
-    "math.pow": ops.power,
-    "math.squared_difference": lambda x, y: ops.square(ops.subtract(x, y)),
-    "math.subtract": ops.subtract,
-    "math.truediv": ops.true_divide,
-}
-_REDUCTIONS = {
-    "math.reduce_all": ops.all,
-    "math.reduce_any": ops.any,
-    "math.reduce_logsumexp": ops.logsumexp,
-    "math.reduce_max": ops.max,
-    "math.reduce_mean": ops.mean,
-    "math.reduce_min": ops.min,
-    "math.reduce_prod": ops.prod,
-    "math.reduce_std": ops.std,
-    "math.reduce_sum": ops.sum,
-    "math.reduce_variance": ops.var,
-}
+def _named(places: str, wrap: Callable, **others) -> dict[str, Callable]:
+    """Functions by TensorFlow's names, those of Keras's where they are not among the others."""
+    names = {place: place.rpartition(".")[2].removeprefix("reduce_") for place in places.split()}
+    return {place: wrap(others.get(name) or getattr(ops, name)) for place, name in names.items()}
+
+
 OPERATIONS = {
-    **{name: _unary(function) for name, function in _UNARY.items()},
-    **{name: _binary(function) for name, function in _BINARY.items()},
-    **{name: _reduction(function) for name, function in _REDUCTIONS.items()},
+    **_named(
+        "math.abs math.exp math.log math.negative math.rsqrt math.sigmoid math.sin math.cos "
+        "identity math.add_n math.floor math.logical_not math.sign math.softplus math.sqrt "
+        "math.square math.tanh nn.elu nn.relu nn.relu6 nn.selu nn.sigmoid nn.silu nn.swish "
+        "nn.tanh stop_gradient ones_like zeros_like",
+        _unary,
+        add_n=_add_n,
+        swish=ops.silu,
+    ),
+    **_named(
+        "__operators__.add compat.v1.floor_div math.add math.equal math.greater "
+        "math.greater_equal math.less math.less_equal math.logical_and math.logical_or "
+        "math.not_equal math.floordiv math.floormod math.divide math.maximum math.minimum "
+        "math.multiply math.pow math.squared_difference math.subtract math.truediv",
+        _binary,
+        floor_div=ops.floor_divide,
+        floordiv=ops.floor_divide,
+        floormod=ops.mod,
+        pow=ops.power,
+        squared_difference=_squared_difference,
+        truediv=ops.true_divide,
+    ),
+    **_named(
+        "math.reduce_all math.reduce_any math.reduce_logsumexp math.reduce_max "
+        "math.reduce_mean math.reduce_min math.reduce_prod math.reduce_std math.reduce_sum "
+        "math.reduce_variance",
+        _reduction,
+        variance=ops.var,
+    ),
     "__operators__.getitem": _get_item,
     "cast": lambda x, dtype: ops.cast(x, dtype),
     "clip_by_value": lambda t, clip_value_min, clip_value_max: ops.clip(
@@ -173,7 +150,6 @@ OPERATIONS = {
     "one_hot": lambda indices, depth, axis=None: ops.one_hot(
         indices, depth, -1 if axis is None else axis
     ),
-    "ones_like": lambda input: ops.ones_like(input),
     "pad": _pad,
     "reshape": lambda tensor, shape: ops.reshape(tensor, shape),
     "reverse": lambda tensor, axis: ops.flip(tensor, axis),
@@ -187,7 +163,6 @@ OPERATIONS = {
     "transpose": _transpose,
     "unstack": lambda value, num=None, axis=0: ops.unstack(value, num, axis),
     "where": lambda condition, x, y: ops.where(condition, x, y),
-    "zeros_like": lambda input: ops.zeros_like(input),
 }
 
 

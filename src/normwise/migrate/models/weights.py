@@ -267,12 +267,15 @@ def _root(stored: Node) -> Node:
 
 def _stem(name: str) -> str:
     """A numbered name without its number."""
-    return re.sub(r"_?\d+$", "", name)
+    return _natural(name)[0]
 
 
 def _natural(name: str) -> tuple[str, int]:
-    number = re.search(r"\d+$", name)
-    return _stem(name), int(number.group()) if number else -1
+    """The stem of a numbered name, and its number: as they come in the order of the numbers."""
+    stem = name.rstrip("0123456789")
+    if stem == name:
+        return name, -1
+    return stem.removesuffix("_"), int(name[len(stem) :][:18])
 
 
 def _snake_case(name: str) -> str:

@@ -36,8 +36,11 @@ class Budget:
         """Count something before it is made.
 
         Raises:
-            ValueError: the file has asked for more of it than its size allows.
+            ValueError: the file has asked for more of it than its size allows, or for less than
+                none.
         """
+        if not amount >= 0:
+            raise ValueError(f"it asks for {amount} {what}; expected a count")
         self._left[what] -= amount
         if self._left[what] < 0:
             least, each = LIMITS[what]

@@ -19,8 +19,11 @@ from normwise.migrate.models.reading.budget import Budget
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_VALUES = 1 << 20  # in a config, each of which takes up to a hundred bytes of memory
+MAX_DEPTH = 100
 METADATA = "keras_metadata.pb"
 ZIP_MEMBERS = ("metadata.json", "config.json", "model.weights.h5")
+READ_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+PART_BYTES = 1 << 20
 LOCAL_HEADER_BYTES = 30  # of a member of a zip archive, and then its name and its extra field
 
 Contents = list[bytes]
@@ -101,6 +104,12 @@ def parse_json(text: str | bytes) -> dict:
     parsed = json.loads(text, object_hook=_without_tuples)
     if not isinstance(parsed, dict):
         raise ValueError(f"the config is a {type(parsed).__name__}; expected a JSON object")
+    level = [parsed]
+    for _ in range(MAX_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for values in inner for each in values if isinstance(each, dict | list)]
+    if level:
+        raise ValueError(f"the config is more than {MAX_DEPTH} levels deep")
     return parsed
 
 
@@ -150,26 +159,30 @@ def _read_h5(file: io.BufferedIOBase, budget: Budget) -> tuple[dict, Contents]:
 
 def _read_keras(file: io.BufferedIOBase, budget: Budget) -> tuple[dict, Contents]:
     with zipfile.ZipFile(file) as archive:
-        members = _members(archive)
-        metadata, config, weights = (
-            _inflated(archive, members[name], budget) for name in ZIP_MEMBERS
+        metadata, config, weights = _members(archive)
+        version = check_version(
+            parse_json(_inflated(archive, metadata, budget)).get("keras_version")
         )
-        version = check_version(parse_json(metadata).get("keras_version"))
-        parsed = parse_json(config)
-        begins_at = _begins_at(file, members["model.weights.h5"])
-    with h5py.File(io.BytesIO(weights), "r") as opened:
-        reader = hdf5.Reader(opened, begins_at, budget)
-        plain = {
-            "config": parsed,
-            "training": parsed.get("compile_config"),
-            "version": version,
-            "tree": reader.tree(opened),
-        }
-        return plain, reader.contents
+        parsed = parse_json(_inflated(archive, config, budget))
+        begins_at = _begins_at(archive, weights, file)
+        stored = (
+            io.BytesIO(_inflated(archive, weights, budget))
+            if begins_at is None
+            else _Part(file, begins_at, weights.file_size)
+        )
+        with h5py.File(stored, "r") as opened:
+            reader = hdf5.Reader(opened, begins_at, budget)
+            plain = {
+                "config": parsed,
+                "training": parsed.get("compile_config"),
+                "version": version,
+                "tree": reader.tree(opened),
+            }
+            return plain, reader.contents
 
 
-def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The members of an archive by name, if none leads out of it and none is there twice."""
+def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The members that a model is in, if no member leads out of it and none is there twice."""
     members = {}
     for info in archive.infolist():
         name = info.filename
@@ -178,20 +191,20 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             raise ValueError(f"the archive has a member {name!r}, which leads out of it")
         if name in members:
             raise ValueError(f"the archive has two members {name!r}")
+        # bzip2 and LZMA know no bound of what they take of memory, and Keras writes neither.
+        if name in ZIP_MEMBERS and info.compress_type not in READ_METHODS:
+            raise ValueError(
+                f"the member {name} is packed by the method {info.compress_type}, and only deflate "
+                "is read; zip the file anew without compression"
+            )
         members[name] = info
     if absent := [name for name in ZIP_MEMBERS if name not in members]:
         raise ValueError(f"the archive lacks {' and '.join(absent)}")
-    return members
+    return [members[name] for name in ZIP_MEMBERS]
 
 
 def _inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo, budget: Budget) -> bytes:
     """The bytes of a member, whose checksum zipfile compares."""
-    # bzip2 and LZMA know no bound of what they take of memory, and Keras writes neither.
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise ValueError(
-            f"the member {info.filename} is packed by the method {info.compress_type}, and only "
-            "deflate is read; zip the file anew without compression"
-        )
     try:
         budget.spend("bytes of arrays", info.file_size)
     except ValueError as error:
@@ -203,14 +216,38 @@ def _inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo, budget: Budget) -
     return content
 
 
-def _begins_at(file: io.BufferedIOBase, info: zipfile.ZipInfo) -> int | None:
+def _begins_at(archive, info: zipfile.ZipInfo, file: io.BufferedIOBase) -> int | None:
     """Where the bytes of a member begin in the file; None where they are compressed."""
     if info.compress_type != zipfile.ZIP_STORED:
         return None
+    with archive.open(info) as member:
+        while member.read(PART_BYTES):
+            pass  # zipfile compares the checksum
     file.seek(info.header_offset)
     header = file.read(LOCAL_HEADER_BYTES)
     name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
     return info.header_offset + LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as the file that it was before it came into an archive."""
+
+    def __init__(self, file: io.BufferedIOBase, begins_at: int, size: int):
+        super().__init__()
+        self._file, self._begins_at, self._size = file, begins_at, size
+        self._at = 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Where to read on."""
+        self._at = (0, self._at, self._size)[whence] + offset
+        return self._at
+
+    def readinto(self, buffer) -> int:
+        """Read into a buffer, at most to the end of the part."""
+        self._file.seek(self._begins_at + self._at)
+        count = self._file.readinto(memoryview(buffer)[: max(0, self._size - self._at)])
+        self._at += count
+        return count
 
 
 # SavedModel

@@ -16,7 +16,6 @@ from normwise.migrate.models.reading.budget import Budget
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 ATTRIBUTE_TYPES = (h5py.h5t.TypeStringID, h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID)
 MAX_ATTRIBUTE_BYTES = 1 << 26
-MAX_GROUPS_DEEP = 32
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 
 
@@ -60,18 +59,16 @@ class Reader:
         Each is a pair: its arrays by name, and the numbers of the objects inside it by name.
         """
         nodes = []
-        self._add_node(group, nodes, depth=0)
+        self._add_node(group, nodes)
         return nodes
 
-    def _add_node(self, group: h5py.Group, nodes: list, depth: int) -> int:
-        if depth > MAX_GROUPS_DEEP:
-            raise ValueError(f"its groups lie more than {MAX_GROUPS_DEEP} deep")
+    def _add_node(self, group: h5py.Group, nodes: list) -> int:
         self._visit(group)
         arrays, children = {}, {}
         number = len(nodes)
         nodes.append((arrays, children))
         for name in group:
-            if depth == 0 and name in ("optimizer", "metrics"):
+            if number == 0 and name in ("optimizer", "metrics"):
                 continue
             member = self.member(group, name)
             if isinstance(member, h5py.Dataset):
@@ -84,7 +81,7 @@ class Reader:
                     if isinstance(held := self.member(member, each), h5py.Dataset)
                 }
             else:
-                children[name] = self._add_node(member, nodes, depth + 1)
+                children[name] = self._add_node(member, nodes)
         return number
 
     def member(self, group: h5py.Group, path: str, kind: type = h5py.HLObject):
