@@ -172,6 +172,41 @@ def test_the_current_folder_lends_no_modules(monkeypatch, tmp_path, h5):
     assert is_loaded(h5)
 
 
+class Cut(keras.layers.Layer):
+    """Cuts the file that it is read from."""
+
+    def __init__(self, path=None, **options):
+        super().__init__(**options)
+        os.truncate(path, 4096)
+
+    def call(self, inputs):
+        return inputs
+
+
+def test_a_file_that_is_cut_after_it_was_read_is_a_model_all_the_same(tmp_path):
+    path = tmp_path / "old.h5"
+    large = {"kernel": np.ones((4, 2000), "float32"), "bias": np.ones(2000, "float32")}
+    cut = old_models.layer("Cut", "cut", path=str(path))
+    wide = old_models.layer("Dense", "dense", units=2000)
+    config = old_models.sequential(old_models.input_layer("input", 4), wide, cut)
+    old_models.write_h5(path, config, {"dense": large})
+    model = migrate.load_model(path, custom_objects={"Cut": Cut})
+    np.testing.assert_array_equal(to_numpy(model.weights[0]), large["kernel"])
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, h5):
+    ask = reader._ask
+
+    def ask_and_change(path, function):
+        answer = ask(path, function)
+        os.utime(path, (1, 1))
+        return answer
+
+    monkeypatch.setattr(reader, "_ask", ask_and_change)
+    with pytest.raises(ValueError, match="it changed while it was read; load it again"):
+        migrate.load_model(h5)
+
+
 def changed(path, change):
     with h5py.File(path, "r+") as file:
         change(file)
@@ -345,6 +380,16 @@ def model_on(*shape, layers):
     return old_models.sequential(old_models.input_layer("x", *shape), *layers)
 
 
+def attending(steps):
+    layers = [
+        (old_models.input_layer("x", steps, 2), []),
+        (old_models.layer("AdditiveAttention", "a", use_scale=False), ["x", "x"]),
+    ]
+    config = old_models.functional(layers, ["x"], ["a"])
+    config["config"]["layers"][1]["inbound_nodes"] = [[["x", 0, 0, {}], ["x", 0, 0, {}]]]
+    return config
+
+
 LSTM = {
     "lstm_cell/kernel": np.ones((1, 8), "float32"),
     "lstm_cell/recurrent_kernel": np.ones((2, 8), "float32"),
@@ -367,6 +412,25 @@ LSTM = {
             {"a": LSTM},
             "steps",
         ),
+        (
+            model_on(2000, 1, layers=[old_models.layer("LSTM", "a", units=2, unroll=True)]),
+            {"a": LSTM},
+            "steps",
+        ),
+        (
+            model_on(
+                10**5,
+                4,
+                layers=[
+                    old_models.layer(
+                        "MaxPooling1D", "a", pool_size=30_000, strides=1, padding="same"
+                    )
+                ],
+            ),
+            {},
+            "operations",
+        ),
+        (attending(10**5), {}, "elements"),
     ],
 )
 def test_convert_draws_no_input_that_the_file_has_no_room_for(tmp_path, config, weights, text):

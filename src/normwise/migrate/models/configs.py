@@ -6,31 +6,16 @@ import keras
 
 import normwise
 
-# Options that Keras 3 has no more, and the values of theirs that ask for what Keras 3 does anyway.
-# None stands for any value: the option only said how to compute the same. An option that is null
-# asks for nothing.
-LEFTOVERS = {
-    "batch_input_shape": None,
-    "build_input_shape": None,
-    "dynamic": (False,),
-    "dtype_policy": None,
-    "enable_caching_device": None,
-    "experimental_autocast": None,
-    "fused": None,
-    "groups": (1,),
-    "implementation": None,
-    "input_length": None,
-    "key_shape": None,
-    "query_shape": None,
-    "value_shape": None,
-    "ragged": (False,),
-    "renorm": (False,),
-    "renorm_clipping": None,
-    "renorm_momentum": None,
-    "sparse": (False,),
-    "time_major": (False,),
-    "trainable": None,
-    "_use_gpu": None,
+# Options that Keras 3 has no more: those that only said how to compute the same, and the values of
+# the others that ask for what Keras 3 does anyway. An option that is null asks for nothing.
+LEFTOVERS = (
+    *("batch_input_shape", "build_input_shape", "dtype_policy", "enable_caching_device"),
+    *("experimental_autocast", "fused", "implementation", "input_length", "key_shape"),
+    *("query_shape", "renorm_clipping", "renorm_momentum", "trainable", "value_shape", "_use_gpu"),
+)
+NEUTRAL = {
+    "groups": 1,
+    **dict.fromkeys(("dynamic", "ragged", "renorm", "sparse", "time_major"), False),
 }
 # A separable or depthwise convolution carries these of its base class, and never used them.
 UNUSED = ("filters", "kernel_initializer", "kernel_regularizer", "kernel_constraint")
@@ -279,8 +264,8 @@ def _accepted(config: dict, cls: type) -> dict:
 
 
 def _is_harmless(key: str, value) -> bool:
-    harmless = LEFTOVERS.get(key, ())
-    return value is None or harmless is None or value in harmless or key in UNUSED
+    is_neutral = key in NEUTRAL and value == NEUTRAL[key]
+    return value is None or is_neutral or key in LEFTOVERS or key in UNUSED
 
 
 def _without_leftovers(config: dict, cls: type, name: str) -> dict:

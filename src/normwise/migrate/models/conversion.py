@@ -26,6 +26,15 @@ from normwise.text import one_line
 # U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
 OPEN_EXTENTS = (32, 64, 256, 8, 1)
 BATCH = 2
+# What a step costs that is written out instead of repeated, and what an output costs that is
+# compared, in float64.
+UNROLLED = 64
+COMPARED = 6
+STEPPING = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.TimeDistributed)
+ATTENTIONS = (
+    *(keras.layers.Attention, keras.layers.AdditiveAttention),
+    *(keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,23 +126,16 @@ def convert(
     Traceback (most recent call last):
     ValueError: old.h5 does not end in .keras, as Keras 3 wants it; write to old.keras
     """
-    with prepared(
-        path,
-        out,
-        custom_objects=custom_objects,
-        safe_mode=safe_mode,
-        overwrite=overwrite,
-        seed=seed,
-    ) as conversion:
+    path, out = Path(path), Path(out)
+    with prepared(path, out, custom_objects, safe_mode, overwrite, seed) as conversion:
         return conversion
 
 
 @contextlib.contextmanager
 def prepared(
-    path, out, *, custom_objects=None, safe_mode=True, overwrite=False, seed=0
+    path: Path, out: Path, custom_objects=None, safe_mode=True, overwrite=False, seed=0
 ) -> Iterator[Conversion]:
     """All that `convert` does, the last step at the end of the block: if it raises, never."""
-    path, out = Path(path), Path(out)
     _check_out(path, out, overwrite)
     saved, model = loading.read_model(path, custom_objects, safe_mode)
     with tempfile.TemporaryDirectory(
@@ -278,13 +280,37 @@ def _shaped(spec, extent: int) -> keras.KerasTensor:
 def _check_work(model, inputs, budget: Budget) -> None:
     """Count what a model makes of inputs before they are drawn: its config may claim any extent."""
 
-    def count(operation, arguments, outputs):
-        budget.spend("elements", sum(map(_size, keras.tree.flatten(outputs))))
-        if isinstance(operation, keras.layers.RNN | keras.layers.TimeDistributed):
-            budget.spend("steps", keras.tree.flatten(arguments)[0].shape[1] or 0)
+    def count(layer, arguments, outputs):
+        given, made = (
+            [each for each in keras.tree.flatten(tensors) if isinstance(each, keras.KerasTensor)]
+            for tensors in (arguments, outputs)
+        )
+        elements = sum(map(_size, made))
+        budget.spend("elements", elements + _scores(layer, given))
+        steps = 1
+        if isinstance(layer, STEPPING):
+            steps = given[0].shape[1] or 0
+            budget.spend("steps", steps * (UNROLLED if getattr(layer, "unroll", False) else 1))
+        # An output takes at most an operation for each weight that its channel has, or of its pool.
+        positions = sum(_size(each) // max(each.shape[-1:] or (1,)) for each in made if _size(each))
+        weights = sum(map(_size, getattr(layer, "weights", ())))
+        pool = math.prod(keras.tree.flatten(getattr(layer, "pool_size", 1)))
+        budget.spend("operations", steps * positions * weights + elements * pool)
 
     count(None, (), inputs)
-    keras_private.visit_shapes(model, inputs, count)
+    outputs = keras_private.visit_shapes(model, inputs, count)
+    budget.spend("elements", COMPARED * sum(map(_size, keras.tree.flatten(outputs))))
+
+
+def _scores(layer, given) -> int:
+    """How many numbers an attention makes inside: of each position with each."""
+    if not isinstance(layer, ATTENTIONS) or len(given) < 2:
+        return 0
+    batch, channels = given[0].shape[0], given[0].shape[-1]
+    positions = (_size(each) // max(1, batch * each.shape[-1]) for each in given[:2])
+    heads = getattr(layer, "num_heads", getattr(layer, "num_query_heads", 1))
+    is_additive = isinstance(layer, keras.layers.AdditiveAttention)
+    return batch * math.prod(positions) * heads * (channels if is_additive else 1)
 
 
 def _random_inputs(model, specs, rng):

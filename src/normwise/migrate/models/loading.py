@@ -160,7 +160,7 @@ def _initializer(array: np.ndarray):
 
 
 def _tensor(array: np.ndarray, dtype):
-    # Of a copy: JAX would keep the array itself, which may be a part of the file.
+    # Of a copy where several variables have one array, as JAX keeps the array itself.
     return keras.ops.convert_to_tensor(np.array(array), dtype)
 
 

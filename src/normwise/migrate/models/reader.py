@@ -2,14 +2,15 @@
 
 HDF5 ends a process at some damaged files, and never returns from others; decompression takes what
 memory it is given. So another process reads, with limits in proportion to the file, and what it
-answers is data: JSON, and the bytes of arrays that are not in the file as they are in memory. All
-others are mapped from the file.
+answers is data: JSON, and the bytes of arrays that are not in the file as they are in memory; where
+the others are, which are read here.
 
 Where no Python can be started (a program that is frozen or embeds Python, a system without
 processes) the file is read in place, and then only the budget of `reading` limits what it costs.
 """
 
 import collections
+import io
 import json
 import math
 import os
@@ -51,17 +52,27 @@ def damaged(kind: str, text: str) -> ValueError:
 
 
 def _saved(path: Path, function: str) -> Saved:
+    before = _state(path)
     answer = _ask(path, function)
     plain, contents = getattr(formats, function)(path) if answer is None else answer
-    arrays = _Arrays(formats.parts(path)[-1], contents)
-    if "groups" in plain:
-        weights = [
-            Group(name, [(each, arrays.array(described)) for each, described in held])
-            for name, held in plain["groups"]
-        ]
-    else:
-        weights = _root(plain["tree"], arrays)
+    holder = formats.parts(path)[-1]
+    with holder.open("rb") if holder.exists() else io.BytesIO() as file:
+        arrays = _Arrays(file, contents, Budget(formats.file_bytes(path)))
+        if "groups" in plain:
+            weights = [
+                Group(name, [(each, arrays.array(described)) for each, described in held])
+                for name, held in plain["groups"]
+            ]
+        else:
+            weights = _root(plain["tree"], arrays)
+    if _state(path) != before:
+        raise ValueError("it changed while it was read; load it again")
     return Saved(weights, *(plain.get(each) for each in ("config", "training", "version")))
+
+
+def _state(path: Path) -> list[tuple[int, int]]:
+    states = (each.stat() for each in formats.parts(path) if each.exists())
+    return [(each.st_size, each.st_mtime_ns) for each in states]
 
 
 def _ask(path: Path, function: str) -> tuple[dict, list[bytearray]] | None:
@@ -122,10 +133,10 @@ def _answer(pipe: BinaryIO, file_bytes: int) -> tuple[dict, list[bytearray]]:
     return plain, [_exactly(pipe, size) for size in plain.get("sizes", ())]
 
 
-def _exactly(pipe: BinaryIO, size: int) -> bytearray:
+def _exactly(file: BinaryIO, size: int) -> bytearray:
     content = bytearray(size)
-    if pipe.readinto(content) < size:
-        raise EOFError
+    if file.readinto(content) < size:
+        raise EOFError("it ended while it was read")
     return content
 
 
@@ -140,23 +151,23 @@ def _end(status: int, processor_s: float, clock_s: float) -> str:
 
 
 class _Arrays:
-    """The arrays of a file: its own bytes, or contents that came apart from it."""
+    """The arrays of a file: of its own bytes, or contents that came apart from it."""
 
-    def __init__(self, path: Path, contents: list):
-        is_mapped = path.exists() and path.stat().st_size > 0
-        self._file = np.memmap(path, "uint8", "r") if is_mapped else np.empty(0, "uint8")
-        self._contents = contents
+    def __init__(self, file: BinaryIO, contents: list, budget: Budget):
+        self._file, self._contents, self._budget = file, contents, budget
 
     def array(self, described: dict[str, Any]) -> np.ndarray:
-        """An array of the plain data."""
+        """An array of the plain data, in memory of its own."""
         name = described["dtype"]
         dtype = np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else name)
         shape = tuple(described["shape"])
-        if "at" in described:
-            size = math.prod(shape) * dtype.itemsize
-            raw = self._file[described["at"] : described["at"] + size]
-            return raw.view(dtype).reshape(shape)
-        return np.frombuffer(self._contents[described["content"]], dtype).reshape(shape)
+        if "content" in described:
+            raw = self._contents[described["content"]]
+        else:
+            self._budget.spend("bytes of weights", math.prod(shape) * dtype.itemsize)
+            self._file.seek(described["at"])
+            raw = _exactly(self._file, math.prod(shape) * dtype.itemsize)
+        return np.frombuffer(raw, dtype).reshape(shape)
 
 
 def _root(tree: list, arrays: _Arrays) -> Node:

@@ -21,7 +21,6 @@ OBJECT_GRAPH = b"_CHECKPOINTABLE_OBJECT_GRAPH"
 MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")
 FOOTER_BYTES = 48
 TRAILER_BYTES = 5  # how a block is compressed, and its checksum
-MAX_INDEX_BYTES = 64 << 20
 
 # TensorFlow's numbers of the dtypes that a weight may have.
 DTYPES = {
@@ -55,8 +54,6 @@ def read(prefix: Path, budget: Budget) -> list:
     Each is a pair: its arrays by name, and the numbers of the objects inside it by name.
     """
     index, tensors = parts(prefix)
-    if index.stat().st_size > MAX_INDEX_BYTES:
-        raise ValueError(f"{index.name} is larger than the {MAX_INDEX_BYTES >> 20} MiB allowed")
     entries = dict(_table(index.read_bytes(), budget))
     if OBJECT_GRAPH not in entries:
         raise ValueError(

@@ -17,7 +17,6 @@ import h5py
 from normwise.migrate.models.reading import checkpoints, hdf5, protobuf
 from normwise.migrate.models.reading.budget import Budget
 
-MAX_CONFIG_BYTES = 16 << 20
 MAX_VALUES = 1 << 20  # in a config, each of which takes up to a hundred bytes of memory
 MAX_DEPTH = 100
 METADATA = "keras_metadata.pb"
@@ -97,8 +96,6 @@ def read_weights(path: Path) -> tuple[dict, Contents]:
 def parse_json(text: str | bytes) -> dict:
     """A JSON object, of bounded size."""
     text = text.encode() if isinstance(text, str) else text
-    if len(text) > MAX_CONFIG_BYTES:
-        raise ValueError(f"the config is larger than the {MAX_CONFIG_BYTES >> 20} MiB allowed")
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
         raise ValueError(f"the config has more than the {MAX_VALUES:,} values allowed")
     parsed = json.loads(text, object_hook=_without_tuples)
@@ -262,8 +259,6 @@ def _read_saved_model(path: Path, budget: Budget) -> dict:
             "which TensorFlow 2.5 to 2.15 writes for a Keras model; load it there, and save it as "
             ".h5"
         )
-    if metadata.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{METADATA} is larger than the {MAX_CONFIG_BYTES >> 20} MiB allowed")
     root = _root(metadata.read_bytes())
     if not isinstance(root.get("config"), dict):
         raise ValueError(

@@ -14,8 +14,6 @@ import numpy as np
 from normwise.migrate.models.reading.budget import Budget
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
-ATTRIBUTE_TYPES = (h5py.h5t.TypeStringID, h5py.h5t.TypeIntegerID, h5py.h5t.TypeFloatID)
-MAX_ATTRIBUTE_BYTES = 1 << 26
 FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
 
 
@@ -102,11 +100,11 @@ class Reader:
     def _names(self, group: h5py.Group, attribute: str) -> list[str]:
         """A list of names, which Keras cuts in parts where it is too long for one attribute."""
         if attribute in group.attrs:
-            parts = [_attribute(group, attribute)]
+            parts = [group.attrs[attribute]]
         else:
             parts = []
             while f"{attribute}{len(parts)}" in group.attrs:
-                parts.append(_attribute(group, f"{attribute}{len(parts)}"))
+                parts.append(group.attrs[f"{attribute}{len(parts)}"])
             if not parts:
                 raise ValueError(f"the group {group.name!r} of the file lacks its {attribute}")
         names = [_decoded(name) for part in parts for name in np.atleast_1d(part).ravel()]
@@ -160,7 +158,7 @@ class Reader:
 
 def text(group: h5py.Group, attribute: str) -> str | None:
     """An attribute that is a text; None where there is none of this name."""
-    return _decoded(_attribute(group, attribute)) if attribute in group.attrs else None
+    return _decoded(group.attrs[attribute]) if attribute in group.attrs else None
 
 
 def _decoded(name) -> str:
@@ -169,14 +167,3 @@ def _decoded(name) -> str:
     if isinstance(name, str):
         return name
     raise ValueError(f"the file has {name!r:.80} where a text belongs")
-
-
-def _attribute(group: h5py.Group, name: str):
-    stored = group.attrs.get_id(name)
-    # Reading a type of variable length that is neither sequence nor text ends the process in HDF5
-    # 1.14.6, so only the types that Keras writes are read.
-    if not isinstance(stored.get_type(), ATTRIBUTE_TYPES):
-        raise ValueError(f"the attribute {name} of the file is no text and no number")
-    if math.prod(stored.shape) * stored.dtype.itemsize > MAX_ATTRIBUTE_BYTES:
-        raise ValueError(f"the attribute {name} of the file is of an impossible size")
-    return group.attrs[name]
