@@ -167,7 +167,8 @@ class _Arrays:
             self._budget.spend("bytes of weights", math.prod(shape) * dtype.itemsize)
             self._file.seek(described["at"])
             raw = _exactly(self._file, math.prod(shape) * dtype.itemsize)
-        return np.frombuffer(raw, dtype).reshape(shape)
+        # PyTorch takes no numbers in the other order of bytes.
+        return np.frombuffer(raw, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
 def _root(tree: list, arrays: _Arrays) -> Node:
