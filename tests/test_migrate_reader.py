@@ -480,3 +480,17 @@ def test_a_header_of_an_archive_may_say_more_than_its_table(tmp_path):
             archive.writestr(info, content)
     path.write_bytes(stored.getvalue())
     assert is_loaded(path)
+
+
+def test_states_of_a_claimed_batch_are_counted(tmp_path):
+    def write(batch):
+        inputs = {**old_models.input_layer("x", 3, 1)}
+        inputs["config"]["batch_input_shape"] = [batch, 3, 1]
+        layer = old_models.layer("LSTM", "a", units=2, stateful=True)
+        return old_models.write_h5(
+            tmp_path / "old.h5", old_models.sequential(inputs, layer), {"a": LSTM}
+        )
+
+    assert migrate.load_model(write(8)).layers[0].stateful
+    with pytest.raises(ValueError, match=r"asks for more than [0-9,]+ bytes of weights"):
+        migrate.load_model(write(1 << 28))

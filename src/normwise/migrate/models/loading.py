@@ -1,6 +1,7 @@
 """Models and weights that Keras 2 saved, with or without layers of TensorFlow Addons."""
 
 import contextlib
+import math
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,7 @@ def _built(saved: Saved, budget: Budget, custom_objects, safe_mode) -> keras.Mod
     if builder.late["stateful"]:
         # Their states have values from the beginning, which no variable could have until here.
         for layer in builder.late["stateful"]:
+            budget.spend("bytes of weights", _state_bytes(layer))
             layer.stateful = True
         values = model.get_weights()
         model = keras.models.clone_model(model)
@@ -153,6 +155,15 @@ def _built(saved: Saved, budget: Budget, custom_objects, safe_mode) -> keras.Mod
         layers[place].unroll = True
     _finalize(model)
     return model
+
+
+def _state_bytes(layer: keras.layers.RNN) -> int:
+    """The size of a layer's states: each like its output at one step, of a batch that is given."""
+    shape = list(keras.tree.flatten(layer.output)[0].shape)
+    if layer.return_sequences:
+        del shape[1]
+    states = keras.tree.flatten(layer.state_size)
+    return 4 * len(states) * math.prod(extent or 1 for extent in shape)
 
 
 def _initializer(array: np.ndarray):
