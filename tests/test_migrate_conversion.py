@@ -112,13 +112,44 @@ def test_overwrite(old, tmp_path):
     assert keras.saving.load_model(out).name == "sequential"
 
 
+def appearing(monkeypatch, out):
+    """Let a file appear at the last moment before a conversion moves its own."""
+    compare = conversion._compare_predictions
+
+    def compare_and_appear(*arguments):
+        out.write_text("precious")
+        return compare(*arguments)
+
+    monkeypatch.setattr(conversion, "_compare_predictions", compare_and_appear)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_appears_meanwhile_stays(old, tmp_path, monkeypatch, has_links):
+    out = tmp_path / "new.keras"
+    if not has_links:
+        monkeypatch.setattr(conversion.os, "link", raising(OSError("no hard links here")))
+    migrate.convert(old, tmp_path / "other.keras")
+    assert names(tmp_path) == ["old.h5", "other.keras"]
+    appearing(monkeypatch, out)
+    with pytest.raises(ValueError, match=r"new\.keras exists; write to another"):
+        migrate.convert(old, out)
+    assert out.read_text() == "precious"
+    assert names(tmp_path) == ["new.keras", "old.h5", "other.keras"]
+
+
+def raising(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
 class Halfway(BaseException):
     """As KeyboardInterrupt is: no Exception, so nothing that catches those stops it."""
 
 
 def fail_at(monkeypatch, where, error):
-    def fail(*args, **kwargs):
-        raise error
+    fail = raising(error)
 
     def save_half(model, path, **kwargs):
         Path(path).write_bytes(b"PK half")
@@ -386,6 +417,21 @@ def test_the_command_refuses_in_one_line(tmp_path, monkeypatch):
     refused(command("text.h5", "new.keras"), "text.h5")
     refused(command("old.h5", "new.keras"), "Scale", "custom_objects")
     assert names(tmp_path) == ["old.h5", "text.h5"]
+
+
+def test_what_cannot_be_printed_is_not_written(old, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.Console, "print", raising(BrokenPipeError("the pipe is broken")))
+    refused(command(old, tmp_path / "new.keras"), "the pipe is broken")
+    assert names(tmp_path) == ["old.h5"]
+
+
+def test_a_class_is_text_and_no_markup(tmp_path):
+    layers = [{**each, "registered_name": "[/x]:boom:"} for each in CONFIG["config"]["layers"]]
+    layers[1]["config"] = {**layers[1]["config"], "cells": None, "layers": None}
+    old = write(tmp_path, old_models.sequential(*layers), WEIGHTS)
+    result = command(old, tmp_path / "new.keras")
+    assert result.exit_code == 0, result.output
+    assert "[/x]:boom:" in result.stdout
 
 
 def test_the_table_fits_a_narrow_terminal(old, tmp_path):
