@@ -88,7 +88,7 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
 def visit_shapes(model: keras.Model, inputs: Any, visit: Callable[[Any, tuple, Any], None]) -> Any:
     """Run a model on symbolic inputs, with `visit(operation, arguments, outputs)` after each step.
 
-    The steps of the models in it are its own; a layer, whatever it holds, is one.
+    The steps of the models in it are its own, and those of what a TimeDistributed repeats.
     """
     graph = _name(model, "_functional") if isinstance(model, keras.Sequential) else model
 
@@ -96,8 +96,13 @@ def visit_shapes(model: keras.Model, inputs: Any, visit: Callable[[Any, tuple, A
         def run(*args, **kwargs):
             if hasattr(operation, "_run_through_graph") or getattr(operation, "_functional", None):
                 return visit_shapes(operation, args[0], visit)
+            if isinstance(operation, keras.layers.TimeDistributed):
+                batch, steps, *extents = args[0].shape
+                symbolic(operation.layer)(
+                    keras.KerasTensor((batch * steps, *extents), args[0].dtype)
+                )
             outputs = operation.compute_output_spec(*args, **kwargs)
-            visit(operation, args, outputs)
+            visit(operation, (args, kwargs), outputs)
             return outputs
 
         return run

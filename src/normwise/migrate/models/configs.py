@@ -1,6 +1,7 @@
 """Configs of Keras 2 in the words of Keras 3: classes, dtypes, options."""
 
 import inspect
+from pathlib import Path
 
 import keras
 
@@ -32,8 +33,9 @@ REPLACED = {
     "SyncBatchNormalization": keras.layers.BatchNormalization,
     "ThresholdedReLU": keras.layers.ReLU,
 }
-# Of Keras 3, so no file of Keras 2 names them honestly: they run programs of another framework.
-FOREIGN = ("TFSMLayer", "TorchModuleWrapper", "JaxLayer", "FlaxLayer")
+# The layers of Keras 2.15. No file of it names another honestly: Keras 3's run programs of other
+# frameworks, or make gigabytes of a number.
+LAYERS = frozenset(Path(__file__).with_name("keras2_layers.txt").read_text().split())
 
 NAMESPACES = {
     "initializer": keras.initializers,
@@ -59,9 +61,7 @@ class Translator:
             return None
         if name in REPLACED:
             return REPLACED[name]
-        found = getattr(keras.layers, name, None)
-        is_layer = isinstance(found, type) and issubclass(found, keras.Layer)
-        return found if is_layer and name not in FOREIGN else None
+        return _found(keras.layers, name)
 
     def is_own(self, data: dict) -> bool:
         """Whether a serialized layer is of a class of the user's, or of one registered."""
@@ -131,8 +131,8 @@ class Translator:
             return _serialized("keras", GRAPHS[name], inner)
         namespace = NAMESPACES.get(key.rpartition("_")[2])
         for each in (namespace,) if namespace else NAMESPACES.values():
-            found = getattr(each, name, None) if _of_keras(value.get("module")) else None
-            if isinstance(found, type):
+            found = _found(each, name) if _of_keras(value.get("module")) else None
+            if found is not None:
                 if found is keras.layers.Lambda and self.safe_mode:
                     raise ValueError(
                         "a layer of your own holds a Lambda, whose code is in the file and would "
@@ -183,10 +183,8 @@ class Translator:
             return True
         if not _of_keras(data.get("module")):
             return False
-        found = [getattr(namespace, name, None) for namespace in NAMESPACES.values()]
-        return name in (*GRAPHS, *CALLS, *REPLACED) or (
-            name not in FOREIGN and any(isinstance(each, type) for each in found)
-        )
+        found = (_found(namespace, name) for namespace in NAMESPACES.values())
+        return name in (*GRAPHS, *CALLS, *REPLACED) or any(found)
 
     def _is_function(self, name) -> bool:
         return isinstance(name, str) and (
@@ -194,6 +192,13 @@ class Translator:
             or keras.saving.get_registered_object(name) is not None
             or hasattr(keras.activations, name)
         )
+
+
+def _found(namespace, name: str) -> type | None:
+    """A class of Keras 3 that Keras 2 may have had."""
+    found = getattr(namespace, name, None)
+    is_class = isinstance(found, type) and (namespace is not keras.layers or name in LAYERS)
+    return found if is_class else None
 
 
 def missing(names: list[str]) -> str:

@@ -26,15 +26,15 @@ from normwise.text import one_line
 # U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
 OPEN_EXTENTS = (32, 64, 256, 8, 1)
 BATCH = 2
-# What a step costs that is written out instead of repeated, and an output, of which there are two
-# in the framework's memory and two in NumPy's.
-UNROLLED = 64
-COMPARED = 4
+# How many steps of a scan one costs that Python repeats; multiplications, a comparison of a pool;
+# and elements, an output, of which there are two in the framework's memory and two in NumPy's.
+UNROLLED, POOLED, COMPARED = 12, 16, 4
 PIECE = 1 << 20  # of outputs that are compared, in float64
 STEPPING = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.TimeDistributed)
 ATTENTIONS = (
-    *(keras.layers.Attention, keras.layers.AdditiveAttention),
-    *(keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention),
+    keras.layers.Attention,
+    keras.layers.AdditiveAttention,
+    keras.layers.MultiHeadAttention,
 )
 
 
@@ -289,15 +289,17 @@ def _check_work(model, inputs, budget: Budget) -> None:
             for tensors in (arguments, outputs)
         )
         elements = sum(map(_size, made))
-        budget.spend("elements", elements + _scores(layer, given))
+        budget.spend("elements", elements + _hidden(layer, given, made))
         steps = 1
         if isinstance(layer, STEPPING):
             steps = given[0].shape[1] or 0
-            budget.spend("steps", steps * (UNROLLED if getattr(layer, "unroll", False) else 1))
+            cells = getattr(layer, "forward_layer", layer)
+            is_scan = isinstance(cells, keras.layers.RNN) and not cells.unroll
+            budget.spend("steps", steps * (1 if is_scan else UNROLLED))
         # An output takes at most an operation for each weight that its channel has, or of its pool.
-        positions = sum(_size(each) // max(each.shape[-1:] or (1,)) for each in made if _size(each))
+        positions = sum(_size(each) // (each.shape[-1] or 1) for each in made if each.shape)
         weights = sum(map(_size, getattr(layer, "weights", ())))
-        pool = math.prod(keras.tree.flatten(getattr(layer, "pool_size", 1)))
+        pool = POOLED * math.prod(keras.tree.flatten(getattr(layer, "pool_size", 0)))
         budget.spend("operations", steps * positions * weights + elements * pool)
 
     count(None, (), inputs)
@@ -305,15 +307,22 @@ def _check_work(model, inputs, budget: Budget) -> None:
     budget.spend("elements", COMPARED * sum(map(_size, keras.tree.flatten(outputs))))
 
 
-def _scores(layer, given) -> int:
-    """How many numbers an attention makes inside: of each position with each."""
-    if not isinstance(layer, ATTENTIONS) or len(given) < 2:
-        return 0
-    batch, channels = given[0].shape[0], given[0].shape[-1]
-    positions = (_size(each) // max(1, batch * each.shape[-1]) for each in given[:2])
-    heads = getattr(layer, "num_heads", getattr(layer, "num_query_heads", 1))
-    is_additive = isinstance(layer, keras.layers.AdditiveAttention)
-    return batch * math.prod(positions) * heads * (channels if is_additive else 1)
+def _hidden(layer, given, made) -> int:
+    """How many numbers a layer makes that are not in its outputs."""
+    if isinstance(layer, ATTENTIONS) and len(given) > 1:
+        # Of each position with each, the scores and what becomes of them.
+        batch, channels = given[0].shape[0], given[0].shape[-1]
+        positions = (_size(each) // max(1, batch * each.shape[-1]) for each in given[:2])
+        of_each = getattr(layer, "num_heads", 1)
+        if isinstance(layer, keras.layers.AdditiveAttention):
+            of_each = channels
+        return 4 * batch * math.prod(positions) * of_each
+    if getattr(layer, "interpolation", "nearest") != "nearest":
+        # A matrix for each axis.
+        return sum(a * b for a, b in zip(given[0].shape, made[0].shape, strict=True) if a != b)
+    if getattr(layer, "output_mode", "int") != "int":
+        return _size(given[0]) * made[0].shape[-1]  # a row for each number, and then their sum
+    return 0
 
 
 def _random_inputs(model, specs, rng):
