@@ -56,12 +56,12 @@ lint: $(INSTALLED)
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h
 
 # The kernels for ten minutes, the property tests with 2,000 examples each, ever other ones, and the
-# loaders of old models with 2,000 damaged files.
+# codemod with 5,000 programs, and the loaders of old models with 2,000 damaged files.
 fuzz: $(INSTALLED) $(FUZZ)
 	build/plain/fuzz 300
 	build/sanitized/fuzz 300
 	HYPOTHESIS_PROFILE=fuzz KERAS_BACKEND=$(BACKEND) $(BIN)/python -m pytest --quiet \
-		tests/test_contract.py tests/test_tutorial_data.py
+		tests/test_contract.py tests/test_tutorial_data.py tests/test_migrate_programs.py
 	NORMWISE_MUTATIONS=2000 KERAS_BACKEND=$(BACKEND) $(BIN)/python -m pytest --quiet \
 		tests/test_migrate_robustness.py
 

@@ -5,8 +5,8 @@ Keras 2 nor SavedModels nor checkpoints, knows no layer of TensorFlow Addons and
 TensorFlow between layers, refuses options that Keras 3 dropped, loses lists of axes, pairs weights
 by their order alone, and hands whatever a file holds to HDF5 in the process that asks.
 
-Each function is imported when it is first asked for: reading a model needs h5py, rewriting source
-LibCST, and training neither.
+Each function is imported when it is first asked for: reading a model needs h5py, and training does
+not.
 """
 
 import importlib

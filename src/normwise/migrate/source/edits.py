@@ -1,217 +1,141 @@
 """The source without TensorFlow Addons: imports and references, as `References` decided."""
 
-import itertools
-from collections.abc import Iterable, Sequence
-
-import libcst as cst
-from libcst import metadata
+import ast
+import bisect
+import collections
+import re
+from collections.abc import Iterator, Sequence
 
 from normwise.migrate.source import names
 from normwise.migrate.source.names import NEW_PACKAGE
-from normwise.migrate.source.references import References, bound_name, chain_of, old_imports
+from normwise.migrate.source.references import (
+    NEWLINE,
+    Lines,
+    References,
+    below_old,
+    is_of_class,
+)
+from normwise.migrate.source.scopes import Import, Use
+
+_COMMENT = re.compile(r"#[^\r\n]*")
+_REST_OF_LINE = re.compile(r"[ \t\f]*(?P<comment>#[^\r\n]*)?(?P<newline>\r\n|\r|\n|\Z)")
+_OWN_COMMENT = re.compile(r"\s*,([ \t\f]*#[^\r\n]*)")
+_MODULE = re.compile(r"(from[\s\\]+)(.+?)([\s\\]+import\b)", re.DOTALL)
+_DOT = re.compile(r"\.(?=(?:[\s\\]|#[^\r\n]*)*(\w+)\Z)")
 
 
-class Edits(cst.CSTTransformer):
-    """Changes what a `References` decided."""
+class Edits:
+    """Writes what a `References` decided.
 
-    def __init__(self, references: References, package: str):
-        super().__init__()
+    Args:
+        lines: the source.
+        references: of the same.
+        cell_starts: the lines where its parts begin, each with imports of its own.
+    """
+
+    def __init__(self, lines: Lines, references: References, cell_starts: Sequence[int]):
+        self._lines = lines
+        self._text = lines.text
         self._references = references
-        self._package = package
-        # For each block around a statement, the cells where it has imported the new package.
-        self._imported: list[set[int]] = []
+        self._cell_starts = cell_starts
+        renamed = references.package != NEW_PACKAGE
+        self._import_of_package = f"import {NEW_PACKAGE}" + f" as {references.package}" * renamed
+        newline = NEWLINE.search(lines.text)
+        self._newline = newline[0] if newline else "\n"
 
-    def visit_Module(self, node: cst.Module) -> None:
-        """Enter the outermost block."""
-        self._enter(node.body)
+    def rewritten(self) -> str:
+        """The new source."""
+        edits = list(self._imports())
+        for use, path in self._references.moved_uses.items():
+            edits += self._use(use, path)
+        text, stop = [], len(self._text)
+        for start, end, new in sorted(edits, reverse=True):
+            text += [self._text[end:stop], new]
+            stop = start
+        new = "".join([self._text[:stop], *reversed(text)])
+        # Where the last line is gone, the one above it ends as it did.
+        return new if self._text.endswith(("\n", "\r")) else new.rstrip("\r\n")
 
-    def visit_IndentedBlock(self, node: cst.IndentedBlock) -> None:
-        """Enter a block."""
-        self._enter(node.body)
+    def _use(self, use: Use, path: str) -> Iterator[tuple[int, int, str]]:
+        """Of a.layers.X only a differs, and the spaces around the dots stay."""
+        start, end = self._lines.span(use.node)
+        new = f"{self._references.package}.{path}"
+        if isinstance(use.node, ast.Constant):
+            yield start, end, self._text[start:end].replace(use.node.value, new)
+            return
+        package, module, name = new.rsplit(".", 2)
+        attributes = [each.attr for each in use.attributes]
+        keeps_module = attributes[0] == module
+        yield start, end, package if keeps_module else f"{package}.{module}"
+        for attribute in use.attributes[keeps_module : attributes.index(name)]:
+            _, inner = self._lines.span(attribute.value)
+            _, outer = self._lines.span(attribute)
+            dot = _DOT.search(self._text, inner, outer)
+            yield dot.start(), dot.end(), ""
+            yield *dot.span(1), ""
 
-    def visit_SimpleStatementSuite(self, node: cst.SimpleStatementSuite) -> None:
-        """Enter a block that stands on the line of its header."""
-        self._imported.append(set())
+    def _imports(self) -> Iterator[tuple[int, int, str]]:
+        imported = set()  # the blocks, in each cell, that have imported the new package by here
+        statements: dict[ast.stmt, list[Import]] = {}
+        for each in self._references.scopes.imports:
+            statements.setdefault(each.statement, []).append(each)
+        for statement in sorted(statements, key=lambda each: (each.lineno, each.col_offset)):
+            bound = statements[statement]
+            cell = bisect.bisect(self._cell_starts, statement.lineno)
+            block = (id(bound[0].place.statements), cell)
+            if any(map(self._references.binds_package, bound)):
+                imported.add(block)
+            moved = [each for each in bound if each in self._references.moved]
+            classes = [each.alias for each in moved if is_of_class(each)]
+            gone = set(moved) - self._references.needed
+            kept = [each.alias for each in bound if each not in gone]
+            new = []
+            if len(moved) > len(classes) and block not in imported:
+                imported.add(block)
+                new.append(self._import_of_package)
+            if classes:
+                home = names.successor(below_old(moved[0].path)).name.rpartition(".")[0]
+                new.append(_MODULE.sub(rf"\g<1>{home}\g<3>", self._only(statement, classes), 1))
+            if kept:
+                new.append(self._only(statement, kept))
+            if len(new) > 1 or kept != [each.alias for each in bound]:
+                yield self._replaced(statement, new)
 
-    def leave_Module(self, original_node: cst.Module, updated_node: cst.Module):
-        """Leave the outermost block."""
-        self._imported.pop()
-        return updated_node
+    def _replaced(self, statement: ast.stmt, new: list[str]) -> tuple[int, int, str]:
+        """A statement's place, and some others for it: one a line if it has lines of its own."""
+        start, end = self._lines.span(statement)
+        first = self._lines.index(statement.lineno, 0)
+        rest = _REST_OF_LINE.match(self._text, end)
+        indent = self._text[first:start]
+        is_continued = self._text[:first].rstrip("\r\n").endswith("\\")
+        if rest is None or indent.strip() or is_continued:
+            return start, end, "; ".join(new or [self._import_of_package])
+        above = self._text[self._lines.index(max(statement.lineno - 1, 1), 0) : first]
+        if not new and not rest["comment"] and not above.lstrip().startswith("#"):
+            return first, rest.end(), ""
+        text = f"{self._newline}{indent}".join(new or [self._import_of_package])
+        lost = collections.Counter(_COMMENT.findall(self._text[start:end]))
+        lost -= collections.Counter(_COMMENT.findall(text))
+        return start, end, "".join(f"{each}{self._newline}{indent}" for each in lost) + text
 
-    def leave_IndentedBlock(self, original_node, updated_node):
-        """Leave a block."""
-        self._imported.pop()
-        return updated_node
-
-    def leave_SimpleStatementSuite(self, original_node, updated_node):
-        """Replace the imports in a block that stands on the line of its header."""
-        body = self._small_statements(original_node, updated_node)
-        self._imported.pop()
-        return updated_node if body is None else updated_node.with_changes(body=body)
-
-    def leave_SimpleStatementLine(self, original_node, updated_node):
-        """Replace the imports of a line; one import that becomes several has a line for each."""
-        body = self._small_statements(original_node, updated_node)
-        if body is None:
-            return updated_node
-        if not body and not _has_comment(original_node):
-            return cst.RemovalSentinel.REMOVE
-        if not body:
-            body = [self._import_of_package()]
-        if len(original_node.body) > 1 or len(body) == 1:
-            return updated_node.with_changes(body=body)
-        *new, last = ([each] for each in body)
-        lines = [cst.SimpleStatementLine(each) for each in new]
-        lines[0] = lines[0].with_changes(leading_lines=updated_node.leading_lines)
-        return cst.FlattenSentinel([*lines, updated_node.with_changes(body=last, leading_lines=[])])
-
-    def leave_Attribute(self, original_node: cst.Attribute, updated_node: cst.Attribute):
-        """Rename a reference."""
-        path = self._references.references.get(original_node)
-        if path is None:
-            return updated_node
-        module, _ = path.split(".")
-        root, *attributes = chain_of(updated_node)
-        if attributes[0].attr.value == module:
-            # Of a.layers.X only a differs, and the spaces around the dots stay.
-            package = root.with_changes(value=self._package)
-            value = attributes[0].with_changes(value=package)
-        else:
-            value = cst.Attribute(cst.Name(self._package), cst.Name(module))
-        return updated_node.with_changes(value=value)
-
-    def leave_SimpleString(self, original_node: cst.SimpleString, updated_node: cst.SimpleString):
-        """Rename a reference in an annotation that is a string."""
-        path = self._references.references.get(original_node)
-        if path is None:
-            return updated_node
-        new = f"{updated_node.prefix}{updated_node.quote}{self._package}.{path}{updated_node.quote}"
-        return updated_node.with_changes(value=new)
-
-    def _enter(self, body: Sequence[cst.BaseStatement]) -> None:
-        # An import of the new package that stands a little below is enough, too.
-        imports = itertools.takewhile(_is_import_or_docstring, body)
-        self._imported.append(
-            {
-                self._references.cells[statement]
-                for line in imports
-                for statement in line.body
-                if _binds_package(statement, self._package)
-            }
-        )
-
-    def _small_statements(self, original, updated) -> list[cst.BaseSmallStatement] | None:
-        """The statements of a line, imports replaced; None if there is nothing to replace."""
-        replaced = []
-        is_changed = False
-        for old, new in zip(original.body, updated.body, strict=True):
-            if _binds_package(old, self._package):
-                self._imported[-1].add(self._references.cells[old])
-            if self._is_moved(old):
-                is_changed = True
-                group = self._replaced(old)
-            else:
-                group = [new]
-            if group:
-                group[-1] = group[-1].with_changes(semicolon=new.semicolon)
-            replaced += group
-        if replaced:
-            replaced[-1] = replaced[-1].with_changes(semicolon=updated.body[-1].semicolon)
-        return replaced if is_changed else None
-
-    def _is_moved(self, statement: cst.BaseSmallStatement) -> bool:
-        return isinstance(statement, cst.Import | cst.ImportFrom) and any(
-            self._references.bindings[alias].is_moved for alias, _ in old_imports(statement)
-        )
-
-    def _replaced(self, statement: cst.Import | cst.ImportFrom) -> list[cst.BaseSmallStatement]:
-        """The imports that take the place of one: of the package, of classes, and what is left."""
-        old = {alias: self._references.bindings[alias] for alias, _ in old_imports(statement)}
-        moved = {alias: names.successor(each.path) for alias, each in old.items() if each.is_moved}
-        classes = [alias for alias, known in moved.items() if known is not None]
-        kept = [alias for alias in statement.names if alias not in old or old[alias].is_needed]
-        new = []
-        cell = self._references.cells[statement]
-        if len(moved) > len(classes) and cell not in self._imported[-1]:
-            self._imported[-1].add(cell)
-            new.append(self._import_of_package())
-        if classes:
-            home, _, _ = moved[classes[0]].name.rpartition(".")
-            new.append(_only(statement, classes).with_changes(module=cst.parse_expression(home)))
-        if kept:
-            new.append(_only(statement, kept))
-        return new
-
-    def _import_of_package(self) -> cst.Import:
-        renamed = self._package != NEW_PACKAGE
-        asname = cst.AsName(cst.Name(self._package)) if renamed else None
-        return cst.Import([cst.ImportAlias(cst.Name(NEW_PACKAGE), asname)])
-
-
-def name_of_package(scopes: Iterable[metadata.Scope]) -> str:
-    """What a module calls the new package already, or what it can call it without a clash."""
-    imported, taken = [], set()
-    for scope in scopes:
-        for assignment in scope.assignments:
-            if not _binds_package(assignment.node, assignment.name):
-                taken.add(assignment.name)
-            elif isinstance(scope, metadata.GlobalScope):
-                imported.append(assignment.name)
-    others = (NEW_PACKAGE + "_" * count for count in itertools.count())
-    return next(name for name in itertools.chain(imported, others) if name not in taken)
-
-
-def _binds_package(node: cst.CSTNode, name: str) -> bool:
-    """Whether a statement imports the new package under a name."""
-    return isinstance(node, cst.Import) and any(
-        _is_of_package(alias) and bound_name(alias) == name for alias in node.names
-    )
-
-
-def _is_of_package(alias: cst.ImportAlias) -> bool:
-    """Whether what `import` binds is the new package: `import normwise.layers` does so, too."""
-    package, _, rest = alias.evaluated_name.partition(".")
-    return package == NEW_PACKAGE and not (rest and alias.asname)
-
-
-def _is_import_or_docstring(statement: cst.BaseStatement) -> bool:
-    allowed = (cst.Import, cst.ImportFrom)
-    return isinstance(statement, cst.SimpleStatementLine) and all(
-        isinstance(each, allowed)
-        or (isinstance(each, cst.Expr) and isinstance(each.value, cst.SimpleString))
-        for each in statement.body
-    )
-
-
-def _has_comment(line: cst.SimpleStatementLine) -> bool:
-    lines = [line.trailing_whitespace, *line.leading_lines]
-    return any(each.comment is not None for each in lines)
-
-
-def _only(statement: cst.Import | cst.ImportFrom, aliases: Sequence[cst.ImportAlias]):
-    """An import with some of its names, each with its comment, in the layout that it has."""
-    last = statement.names[-1]
-    if aliases[-1] is last:
-        return statement.with_changes(names=aliases)
-    *others, end = aliases
-    if isinstance(statement, cst.Import) or statement.lpar is None:
-        return statement.with_changes(
-            names=[*others, end.with_changes(comma=cst.MaybeSentinel.DEFAULT)]
-        )
-    has_comma = isinstance(last.comma, cst.Comma)
-    closing = last.comma.whitespace_after if has_comma else statement.rpar.whitespace_before
-    if not isinstance(closing, cst.ParenthesizedWhitespace):
-        # On one line, unless a comment of its own ends the line.
-        has_line = isinstance(end.comma.whitespace_after, cst.ParenthesizedWhitespace)
-        keep = (
-            end.comma if has_line and end.comma.whitespace_after.first_line.comment else last.comma
-        )
-        return statement.with_changes(names=[*others, end.with_changes(comma=keep)])
-    own = end.comma.whitespace_after
-    is_line = isinstance(own, cst.ParenthesizedWhitespace)
-    first_line = own.first_line if is_line else closing.first_line.with_changes(comment=None)
-    comma = end.comma.with_changes(whitespace_after=closing.with_changes(first_line=first_line))
-    rpar = statement.rpar
-    if not has_comma:
-        rpar = rpar.with_changes(whitespace_before=cst.SimpleWhitespace(""))
-    return statement.with_changes(names=[*others, end.with_changes(comma=comma)], rpar=rpar)
+    def _only(self, statement: ast.Import | ast.ImportFrom, aliases: list[ast.alias]) -> str:
+        """An import with some of its names, each with its comment, in the layout that it has."""
+        start, end = self._lines.span(statement)
+        spans = [self._lines.span(alias) for alias in statement.names]
+        stops = [*(begin for begin, _ in spans[1:]), end]
+        chosen = [index for index, alias in enumerate(statement.names) if alias in aliases]
+        parts = [self._text[spans[index][0] : stops[index]] for index in chosen]
+        last = chosen[-1]
+        if last < len(spans) - 1:
+            name = self._text[slice(*spans[last])]
+            behind, closing = (
+                self._text[spans[last][1] : stops[last]],
+                self._text[spans[-1][1] : end],
+            )
+            comment, newline = _OWN_COMMENT.match(behind), NEWLINE.search(closing)
+            if newline:
+                closing = f",{comment[1] if comment else ''}{closing[newline.start() :]}"
+            elif comment and closing:
+                closing = f"{behind})"
+            parts[-1] = f"{name}{closing}"
+        return "".join([self._text[start : spans[0][0]], *parts])

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 
 from normwise.migrate.source.names import NEW_PACKAGE
-from normwise.migrate.source.references import REQUIREMENT, Finding
+from normwise.migrate.source.references import NEWLINE, REQUIREMENT, Finding
 from normwise.migrate.source.rewriting import Rewritten, in_order, parse, rewrite_cells
 
 # What IPython takes for itself or the shell: %pip, !ls, files = !ls, model?
@@ -62,18 +62,18 @@ def rewrite_notebook(text: str) -> Rewritten:
     """
     cells = _code_cells(text)
     mark = "# normwise-"
-    while mark in text:
+    while any(mark in cell.source for cell in cells):
         mark += "-"
     parts = [_python(cell, mark) for cell in cells]
     starts, line = [], 1
     for part in parts:
         starts.append(line + 1)
-        line += part.count("\n") + 2
+        line += len(NEWLINE.findall(f"{mark}\n{part}\n"))
     # The parts keep apart by a comment before each, and keep their ends by a newline after each.
     done = rewrite_cells("".join(f"{mark}\n{part}\n" for part in parts), starts)
-    changes, remaining = (
+    changes, remaining, hints = (
         [_in_cell(finding, cells, starts) for finding in findings]
-        for findings in (done.changes, done.remaining)
+        for findings in (done.changes, done.remaining, done.hints)
     )
     new_parts = [part[:-1] for part in done.text.split(f"{mark}\n")[1:]]
     magics = [finding for cell in cells for finding in _in_magics(cell)]
@@ -84,6 +84,7 @@ def rewrite_notebook(text: str) -> Rewritten:
         for cell in cells:
             cell.hidden = {n: REQUIREMENT.sub(NEW_PACKAGE, s) for n, s in cell.hidden.items()}
     for cell, part in reversed(list(zip(cells, new_parts, strict=True))):
+        parse(part)
         source = re.sub(
             rf"[ \t]*(?:pass  )?{re.escape(mark)}(\d+)",
             lambda found, cell=cell: cell.hidden[int(found[1])],
@@ -91,33 +92,59 @@ def rewrite_notebook(text: str) -> Rewritten:
         )
         if source != cell.source:
             text = text[: cell.span.start] + _encoded(source, text, cell) + text[cell.span.stop :]
-    return Rewritten(text, in_order(changes), in_order(remaining))
+    return Rewritten(text, *map(in_order, (changes, remaining, hints)))
 
 
 def _code_cells(text: str) -> list[_Cell]:
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no notebook: no JSON: {error}; save it anew") from error
-    if not isinstance(document, dict) or not isinstance(document.get("cells"), list):
+    cells = document.get("cells") if isinstance(document, dict) else None
+    if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         raise ValueError(
             "no notebook of format 4, which has cells; convert an older one by "
             "jupyter nbconvert --to notebook"
         )
-    metadata = document.get("metadata", {})
-    language = metadata.get("kernelspec", {}).get("language") or metadata.get(
-        "language_info", {}
-    ).get("name", "python")
+    language = _found(document, "metadata", "kernelspec", "language")
+    language = language or _found(document, "metadata", "language_info", "name") or "python"
+    if not isinstance(language, str):
+        raise ValueError(f"no notebook: its language is {language!r}, and no text; correct it")
     if language.lower() != "python":
         return []
     _, cells_at, _ = next(item for item in _items(text, 0) if item[0] == "cells")
     return [
-        _Cell(number + 1, slice(start, stop), "".join(document["cells"][number]["source"]))
+        _Cell(number + 1, slice(start, stop), _source(cells[number], number + 1))
         for number, cell_at, _ in _items(text, cells_at)
-        if document["cells"][number].get("cell_type") == "code"
+        if cells[number].get("cell_type") == "code"
         for key, start, stop in _items(text, cell_at)
         if key == "source"
     ]
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    document = dict(pairs)
+    if len(document) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} stands twice in one object")
+    return document
+
+
+def _found(value: object, *keys: str) -> object:
+    """The value below some keys; nothing where one of them is missing."""
+    for key in keys:
+        if not isinstance(value, dict):
+            raise ValueError(f"no notebook: {value!r} has no {key}, for it is no object; remove it")
+        value = value.get(key, {})
+    return value
+
+
+def _source(cell: dict, number: int) -> str:
+    source = cell["source"]
+    lines = [source] if isinstance(source, str) else source
+    if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"cell {number}: the source is neither a text nor a list of texts")
+    return "".join(lines)
 
 
 def _items(text: str, at: int) -> Iterator[tuple[str | int, int, int]]:

@@ -7,15 +7,11 @@ import io
 import os
 import re
 import shutil
+import stat
 import tempfile
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-
-import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from normwise.migrate.source.notebooks import rewrite_notebook
 from normwise.migrate.source.references import Finding
@@ -24,7 +20,7 @@ from normwise.migrate.source.rewriting import Rewritten, rewrite_source
 SUFFIXES = (".ipynb", ".py")
 _OTHERS_FOLDERS = {"__pycache__", "node_modules", "site-packages"}
 # A file that has none of these is not read further: it need not even be Python 3.
-_MENTIONS = re.compile(rb"tensorflow[-_.]addons|Addons>")
+_MENTIONS = re.compile(r"tensorflow[-_.]addons|Addons>|normwise")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +78,13 @@ def migrate(path: Path) -> Migrated:
     try:
         encoding = "utf-8" if path.suffix == ".ipynb" else _encoding(content)
         old = content.decode(encoding)
-        if not _MENTIONS.search(content):
-            rewritten = Rewritten(old, (), ())
-        elif path.suffix == ".ipynb":
-            rewritten = rewrite_notebook(old)
-        else:
-            rewritten = rewrite_source(old)
+        if not _MENTIONS.search(old) and not _MENTIONS.search(content.decode("latin-1")):
+            return Migrated(path, encoding, old, Rewritten(old, (), ()))
+        rewritten = rewrite_notebook(old) if path.suffix == ".ipynb" else rewrite_source(old)
+        new = rewritten.text.encode(encoding)
+        # Some encodings write a text in several ways, or read it back as another.
+        if old.encode(encoding) != content or new.decode(encoding) != rewritten.text:
+            raise ValueError(f"{encoding} does not keep its bytes; save it in UTF-8 first")
     except (ValueError, SyntaxError, LookupError) as error:
         raise ValueError(f"{_relative(path)}: {error}") from error
     return Migrated(path, encoding, old, rewritten)
@@ -104,26 +101,32 @@ def migrate_each(paths: Iterable[Path]) -> tuple[list[Migrated], list[str]]:
     return migrated, errors
 
 
-def find(paths: Iterable[Path]) -> list[Path]:
+def find(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
     """The Python files and notebooks among `paths` and in the folders among them, each once.
 
-    Hidden folders, virtual environments and what is installed in them are nobody's source.
+    Hidden folders, virtual environments and what is installed in them are nobody's source, and
+    neither is a pipe or a device of such a name.
+
+    Returns:
+        The files, and for each folder that cannot be read, why.
 
     Raises:
         ValueError: a path is neither a folder, nor a Python file or notebook.
     """
-    found = {}
+    found: dict[str, Path] = {}
+    errors: list[OSError] = []
     for path in paths:
         if path.is_dir():
-            files = sorted(_walk(path))
+            files = sorted(_walk(path, errors.append))
         elif not path.exists():
             raise ValueError(f"{path}: there is no such file or folder; check the name")
-        elif path.suffix not in SUFFIXES:
+        elif path.suffix not in SUFFIXES or not path.is_file():
             raise ValueError(f"{path} is no .py or .ipynb file; name such a file, or a folder")
         else:
             files = [path]
-        found |= {file.resolve(): file for file in files if file.resolve() not in found}
-    return list(found.values())
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    return list(found.values()), list(map(str, errors))
 
 
 def write_each(migrated: Iterable[Migrated]) -> list[str]:
@@ -138,71 +141,26 @@ def write_each(migrated: Iterable[Migrated]) -> list[str]:
     return errors
 
 
-def print_diff(migrated: Sequence[Migrated]) -> None:
-    """Print what changes, and apart from it, on standard error, what does not move."""
-    typer.echo(b"".join(file.diff() for file in migrated if file.is_changed), nl=False)
-    for file in migrated:
-        for finding in file.rewritten.remaining:
-            typer.echo(f"{file.where(finding)}: {finding.old}: {advice(finding)}", err=True)
-
-
-def print_findings(migrated: Sequence[Migrated], *, is_written: bool) -> None:
-    """Print what moves and what does not, and how many files that concerns.
-
-    Once written, what remains is found anew, for its lines have moved.
-    """
-    moved = sum(len(file.rewritten.changes) for file in migrated)
-    total = moved + sum(len(file.rewritten.remaining) for file in migrated)
-    changed = sum(file.is_changed for file in migrated)
-    if not total:
-        typer.echo(f"Nothing of TensorFlow Addons is in {len(migrated)} files.")
-        return
-    left = [migrate(file.path) for file in migrated] if is_written else migrated
-    Console().print(table(migrated, left))
-    typer.echo(
-        f"{moved} of {total} names were moved, in {changed} files."
-        if is_written
-        else f"{moved} of {total} names can be moved, in {changed} files: "
-        "--diff shows how, --write does it."
-    )
-
-
-def table(migrated: Iterable[Migrated], left: Iterable[Migrated]) -> Table:
-    """The names that moved in some files, and those to move by hand in what is left of them."""
-    listed = Table()
-    for heading in ("where", "TensorFlow Addons", "now"):
-        listed.add_column(heading, overflow="fold")
-    for file in migrated:
-        for finding in file.rewritten.changes:
-            cells = (file.where(finding), finding.old, _with_note(finding.new, finding.note))
-            listed.add_row(*map(escape, cells))
-    for file in left:
-        for finding in file.rewritten.remaining:
-            cells = (file.where(finding), finding.old, advice(finding))
-            listed.add_row(*map(escape, cells), style="bold")
-    return listed
-
-
-def advice(finding: Finding) -> str:
-    """What to do about a name that did not move."""
-    if finding.new is None:
-        return _with_note("no successor", finding.note)
-    return f"by hand: {_with_note(finding.new, finding.note)}"
-
-
-def _with_note(text: str, note: str) -> str:
-    return f"{text} ({note})" if note else text
-
-
 def _lines(text: str) -> list[str]:
     """The lines as `patch` counts them, which str.splitlines does otherwise at form feeds."""
     return io.StringIO(text, newline="\n").readlines()
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder):
+def _walk(folder: Path, report: Callable[[OSError], None]) -> Iterator[Path]:
+    for parent, folders, files in os.walk(folder, onerror=report):
         folders[:] = [name for name in folders if not _is_others(Path(parent, name))]
-        yield from (Path(parent, name) for name in files if name.endswith(SUFFIXES))
+        paths = (Path(parent, name) for name in files if name.endswith(SUFFIXES))
+        yield from filter(_can_be_read, paths)
+
+
+def _can_be_read(path: Path) -> bool:
+    """Whether a file is one that ends; where that cannot be seen, reading it says why."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:  # a link to nowhere, as editors make for locks
+        return False
+    except OSError:
+        return True
 
 
 def _is_others(folder: Path) -> bool:

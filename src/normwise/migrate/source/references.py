@@ -1,15 +1,16 @@
 """Where source names TensorFlow Addons, and what is to become of each place."""
 
-import bisect
+import ast
+import collections
 import dataclasses
+import itertools
 import re
-from collections.abc import Sequence
-
-import libcst as cst
-from libcst import helpers, matchers, metadata
+import unicodedata
+from collections.abc import Iterable
 
 from normwise.migrate.source import names
-from normwise.migrate.source.names import NEW_PACKAGE, OLD_PACKAGE
+from normwise.migrate.source.names import NEW_PACKAGE, OLD_PACKAGE, Successor
+from normwise.migrate.source.scopes import Import, Scope, Scopes, Use, lookup
 
 # A requirement of pip, with its extras and its versions; no import.
 _VERSION = r"\s*(?:[=!<>~]=|[<>])\s*\d[\w.*]*"
@@ -18,14 +19,21 @@ REQUIREMENT = re.compile(
     rf"(?:{_VERSION}(?:\s*,{_VERSION})*)?"
 )
 _DOTTED = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*")
-_UNCLEAR = "it may be something else here; move it by hand"
-_AS_VALUE = f"name what is taken from it, as {NEW_PACKAGE}.layers.GroupNormalization"
-_UNKNOWN = "no name of TensorFlow Addons 0.23"
+NEWLINE = re.compile(r"\r\n|\r|\n")
+_LAST_NAME = re.compile(r"\w+\Z")
+_PLAIN_STRING = re.compile(r"""[rRuU]?("{3}|'{3}|"|')(?P<value>[\w.]+)\1""")
+_UNCLEAR = Successor(None, "it may be something else here; move it by hand")
+_AS_VALUE = Successor(
+    None, f"name what is taken from it, as {NEW_PACKAGE}.layers.GroupNormalization"
+)
+_UNKNOWN = Successor(None, "no name of TensorFlow Addons 0.23")
+_UNUSED = Successor(None, "nothing here uses it; remove the import")
+_IN_A_STRING = "in a string; edit it by hand"
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One place where source names TensorFlow Addons.
+    """One place where source names TensorFlow Addons, or what Keras 3 refuses.
 
     Args:
         line, column: where it stands in the old text, both from 1; in a notebook, in its cell.
@@ -43,271 +51,278 @@ class Finding:
     cell: int | None = None
 
 
-@dataclasses.dataclass
-class Binding:
-    """A name that an import binds to TensorFlow Addons or a part of it, and what became of it.
+class Lines:
+    """Source, and where CPython's lines and columns are in it.
 
     Args:
-        statement: the import.
-        name: as the code below the import says it.
-        path: what is imported, below the old package; "" is the package itself.
-        stands_for: what the name stands for; `import a.b` imports a.b, and binds a.
-        position: line and column.
-        is_moved: whether a use of it was rewritten, so that the new package must be imported.
-        is_needed: whether a use of it was not, so that the old one must.
+        text: the source.
     """
 
-    statement: cst.Import | cst.ImportFrom
-    name: str
-    path: str
-    stands_for: str
-    position: tuple[int, int]
-    is_moved: bool = False
-    is_needed: bool = False
+    def __init__(self, text: str):
+        self.text = text
+        self._starts = [0, *(found.end() for found in NEWLINE.finditer(text)), len(text)]
+        lines = map(text.__getitem__, map(slice, self._starts, self._starts[1:]))
+        self._wide = {n: each.encode() for n, each in enumerate(lines) if not each.isascii()}
+
+    def index(self, line: int, column: int) -> int:
+        """The index of a column, which counts the bytes of UTF-8."""
+        if line - 1 in self._wide:
+            column = len(self._wide[line - 1][:column].decode(errors="ignore"))
+        return self._starts[line - 1] + column
+
+    def span(self, node: ast.AST) -> tuple[int, int]:
+        """Where a node begins and ends."""
+        start = self.index(node.lineno, node.col_offset)
+        return start, self.index(node.end_lineno, node.end_col_offset)
+
+    def position(self, node: ast.AST) -> tuple[int, int]:
+        """The line and column of a node, both from 1."""
+        return node.lineno, self.span(node)[0] - self._starts[node.lineno - 1] + 1
+
+    def ends_with(self, node: ast.AST, name: str) -> bool:
+        """Whether a node is as it should be where it says that it is."""
+        start, end = self.span(node)
+        found = _LAST_NAME.search(self.text, start, end)
+        return found is not None and unicodedata.normalize("NFKC", found[0]) == name
+
+    def quoted(self, node: ast.Constant) -> str | None:
+        """What a string is, if that is written in one pair of quotes as it is."""
+        start, end = self.span(node)
+        found = _PLAIN_STRING.fullmatch(self.text, start, end)
+        return found and found["value"]
 
 
-class References(cst.CSTVisitor):
-    """Finds every name of TensorFlow Addons, and decides what becomes of it."""
+class References:
+    """Finds every name of TensorFlow Addons, and decides what becomes of it.
 
-    METADATA_DEPENDENCIES = (
-        metadata.ExpressionContextProvider,
-        metadata.PositionProvider,
-        metadata.ScopeProvider,
-    )
+    Args:
+        lines: the source.
+        tree: the same, parsed.
+    """
 
-    def __init__(self, cell_starts: Sequence[int]):
-        super().__init__()
+    def __init__(self, lines: Lines, tree: ast.Module):
         self.changes: list[Finding] = []
         self.remaining: list[Finding] = []
-        self.bindings: dict[cst.ImportAlias, Binding] = {}
-        # What to rewrite, and its path below the new package.
-        self.references: dict[cst.Attribute | cst.SimpleString, str] = {}
-        self.cells: dict[cst.Import | cst.ImportFrom, int] = {}
-        self._cell_starts = cell_starts
-        self._redirected: set[str] = set()
-        self._annotations = 0
-
-    def visit_Module(self, node: cst.Module) -> None:
-        """Note every import, for a function may use one that stands below it."""
-        for item in matchers.findall(node, matchers.NameItem()):
-            self._redirected.add(item.name.value)  # by `global` or `nonlocal`
-        for statement in matchers.findall(node, matchers.Import() | matchers.ImportFrom()):
-            self.cells[statement] = bisect.bisect(self._cell_starts, self._position(statement)[0])
-            for alias, path in old_imports(statement):
-                is_package = isinstance(alias.name, cst.Attribute) and alias.asname is None
-                self.bindings[alias] = Binding(
-                    statement=statement,
-                    name=bound_name(alias),
-                    path=path,
-                    stands_for="" if is_package else path,
-                    position=self._position(alias),
-                )
-
-    def leave_Module(self, original_node: cst.Module) -> None:
-        """Decide what becomes of the imports, now that their uses are known."""
-        for binding in self.bindings.values():
-            known = names.successor(binding.path)
-            if known is not None and known.is_ours:
-                binding.is_moved = True
-                self._moved(binding.position, binding.path, known)
-            elif known is not None:
-                binding.is_needed = True
-                self._remains(binding.position, binding.path, known)
-            elif binding.is_needed:
-                continue
-            elif not self._is_clear(binding):
-                binding.is_needed = True
-                unclear = names.Successor(None, _UNCLEAR)
-                self._remains(binding.position, binding.path, unclear)
-            elif binding.is_moved or binding.path in names.REGISTERING_MODULES:
-                binding.is_moved = True
-                self._moved(binding.position, binding.path, names.Successor(NEW_PACKAGE))
+        self.moved_uses: dict[Use, str] = {}  # each with its path below the new package
+        self.moved: set[Import] = set()  # the imports whose place one of the new package takes
+        self.needed: set[Import] = set()  # those that something needs as they are
+        self.scopes = Scopes(tree)
+        self.package = self._name_of_package()
+        self._lines = lines
+        self._old = {each for each in self.scopes.imports if below_old(each.path) is not None}
+        self._unclear = {each for each in self._old if not self._is_clear(each)}
+        self._candidates: list[tuple[Use, str, list[Import]]] = []
+        for use in self.scopes.uses:
+            written = [use.node.id, *(each.attr for each in use.attributes)]
+            self._refer(use, written, is_whole=self._is_where_it_says(use, written))
+        for string in self.scopes.strings:
+            if string.context.is_annotation:
+                for found in _DOTTED.finditer(string.node.value):
+                    is_whole = lines.quoted(string.node) == found[0]
+                    self._refer(string, found[0].split("."), is_whole)
             else:
-                binding.is_needed = True
-                unused = names.Successor(None, "nothing here uses it; remove the import")
-                self._remains(binding.position, binding.path, unused)
+                self._read_string(string.node)
+        self._move_uses()
+        self._move_imports()
 
-    def visit_Import(self, node: cst.Import) -> bool:
-        """Leave what an import names to `leave_Module`."""
-        return False
+    def binds_package(self, each: Import) -> bool:
+        """Whether an import is of the new package, by the name that it has here."""
+        return _is_of_package(each) and each.name == self.package
 
-    def visit_ImportFrom(self, node: cst.ImportFrom) -> bool:
-        """Leave what an import names to `leave_Module`; an import of everything names nothing."""
-        path = _path_below(_module_of(node) or "")
-        if path is not None and isinstance(node.names, cst.ImportStar):
-            star = names.Successor(None, "import what is used by its name")
-            self._remains(self._position(node), f"{path}.*".lstrip("."), star)
-        return False
+    def _name_of_package(self) -> str:
+        """What the module calls the new package already, or can call it without a clash."""
+        imported, taken = [], set(self.scopes.redirected)
+        for scope in self.scopes.all:
+            for name, binders in scope.bound.items():
+                if scope.kind == "class" or not all(map(_is_of_package, binders)):
+                    taken.add(name)
+                elif scope.kind == "module":
+                    imported.append(name)
+        read = {(use.context.scope, use.node.id) for use in self.scopes.uses}
+        taken |= {name for scope, name in read if not binders_of(scope, name)}
+        others = (NEW_PACKAGE + "_" * count for count in itertools.count())
+        return next(name for name in itertools.chain(imported, others) if name not in taken)
 
-    def visit_Attribute(self, node: cst.Attribute) -> bool:
-        """Follow a chain of attributes that begins with a name; look into any other."""
-        chain = chain_of(node)
-        if chain:
-            self._refer(*chain)
-        else:
-            node.value.visit(self)
-        return False
+    def _is_clear(self, each: Import) -> bool:
+        """Whether the name of an import is one part of TensorFlow Addons wherever it is bound."""
+        meanings = {_meaning(other) for other in each.scope.bound[each.name]}
+        is_attribute = each.scope.kind == "class"
+        is_redirected = each.name in self.scopes.redirected
+        return not is_attribute and not is_redirected and meanings == {_meaning(each)}
 
-    def visit_Name(self, node: cst.Name) -> None:
-        """Follow a name that stands by itself."""
-        self._refer(node)
+    def _is_where_it_says(self, use: Use, written: list[str]) -> bool:
+        """Whether a name can be rewritten, and no f"{x=}" prints it.
 
-    def visit_Annotation(self, node: cst.Annotation) -> None:
-        """From here on a string is source."""
-        self._annotations += 1
+        Before Python 3.12 not all places in f-strings are true.
+        """
+        nodes = [use.node, *use.attributes]
+        is_shown = re.search(rf"\b{use.node.id}\b", use.context.shown)
+        return not is_shown and all(map(self._lines.ends_with, nodes, written))
 
-    def leave_Annotation(self, original_node: cst.Annotation) -> None:
-        """From here on a string is a string."""
-        self._annotations -= 1
-
-    def visit_SimpleString(self, node: cst.SimpleString) -> None:
-        """Look for names in strings: of a module, of a registered class, of the distribution."""
-        value = node.evaluated_value
-        if not isinstance(value, str):
+    def _refer(self, use: Use, written: list[str], is_whole: bool) -> None:
+        """Decide what becomes of a name that is read."""
+        binders = binders_of(use.context.scope, written[0])
+        old = self._old.intersection(binders)
+        if all(map(is_of_class, old)):
+            return  # Of something else, or a class by the name of its import, which decides.
+        if not old.issuperset(binders) or old & self._unclear:
+            self._leave(use, ".".join(written), old)
             return
-        by_hand = "in a string; edit it by hand"
-        if self._annotations:
-            for found in _DOTTED.finditer(value):
-                self._refer_in_annotation(node, found[0], is_all=found[0] == value)
-        elif _DOTTED.fullmatch(value) and (path := _path_below(value)) is not None:
-            known = names.successor(path) or names.Successor(None)
-            self._remains(self._position(node), path, known._replace(note=known.note or by_hand))
-        elif value.startswith(names.REGISTERED):
-            known = names.registered(value.removeprefix(names.REGISTERED))
-            if known is not None and not known.is_ours:
-                self._add(self.remaining, self._position(node), value, known)
-        elif REQUIREMENT.fullmatch(value):
-            new = names.Successor(NEW_PACKAGE, by_hand)
-            self._add(self.remaining, self._position(node), value, new)
-
-    def _refer(self, root: cst.Name, *attributes: cst.Attribute) -> None:
-        context = self.get_metadata(metadata.ExpressionContextProvider, root, None)
-        if context in (None, metadata.ExpressionContext.STORE):
-            return
-        bindings = self._bindings_of(root.value, root)
-        if not bindings:
-            return
-        position = self._position(root)
-        if (path := self._stands_for(root.value, root, bindings)) is None:
-            for binding in bindings:
-                binding.is_needed = True
-            written = ".".join([root.value, *(node.attr.value for node in attributes)])
-            self._add(self.remaining, position, written, names.Successor(None, _UNCLEAR))
-            return
-        known = names.successor(path)
-        if known is not None:
-            return  # A class by the name that it was imported under: that import decides.
-        for node in attributes:
-            path = f"{path}.{node.attr.value}".lstrip(".")
+        path = below_old(binders[0].stands_for)
+        known = None
+        for attribute in written[1:]:
+            path = _joined(path, attribute)
             known = names.successor(path)
             if known is not None:
                 break
         if known is None:
-            known = names.Successor(None, _AS_VALUE if path in names.MODULES else _UNKNOWN)
-        last = node if attributes else root
-        self._decide(last, position, path, known, bindings, known.is_ours)
-
-    def _refer_in_annotation(self, node: cst.SimpleString, dotted: str, is_all: bool) -> None:
-        root, *attributes = dotted.split(".")
-        bindings = self._bindings_of(root, node)
-        path = self._stands_for(root, node, bindings) if bindings else None
-        if path is None or names.successor(path) is not None:
+            known = _AS_VALUE if path in names.MODULES else _UNKNOWN
+        elif known.is_ours and is_whole:
+            self._candidates.append((use, path, binders))
             return
-        path = ".".join([*filter(None, [path]), *attributes])
-        known = names.successor(path) or names.Successor(None, _UNKNOWN)
-        if known.is_ours and not is_all:
-            known = known._replace(note="in a string; edit it by hand")
-        self._decide(node, self._position(node), path, known, bindings, is_all and known.is_ours)
+        elif known.is_ours:
+            known = known._replace(note=_IN_A_STRING)
+        self.needed |= old
+        self._remains(use.node, path, known)
 
-    def _decide(self, node, position, path, known, bindings, moves) -> None:
-        if moves:
-            self.references[node] = known.name.removeprefix(f"{NEW_PACKAGE}.")
-            self._moved(position, path, known)
-        else:
-            self._remains(position, path, known)
-        for binding in bindings:
-            binding.is_moved |= moves
-            binding.is_needed |= not moves
+    def _leave(self, use: Use, written: str, old: Iterable[Import]) -> None:
+        self.needed.update(old)
+        self._add(self.remaining, use.node, written, _UNCLEAR)
 
-    def _bindings_of(self, name: str, node: cst.CSTNode) -> list[Binding]:
-        """The imports of TensorFlow Addons that may have bound a name, as `node` sees it."""
-        assigned = self._assignments(name, node)
-        statements = {each.node for each in assigned}
-        return [
-            self.bindings[alias]
-            for statement in statements
-            if isinstance(statement, cst.Import | cst.ImportFrom)
-            for alias, _ in old_imports(statement)
-            if self.bindings[alias].name == name
+    def _read_string(self, node: ast.Constant) -> None:
+        """Look for names in a string: of a module, a registered class, the distribution."""
+        root, _, rest = node.value.partition(".")
+        if _DOTTED.fullmatch(node.value):
+            named = {each for each in self._old if each.name == root and not is_of_class(each)}
+            self.needed |= named  # as of __all__, or of globals()
+            full = min((_joined(each.stands_for, rest) for each in named), default=node.value)
+            if (path := below_old(full)) is not None:
+                known = names.successor(path) or Successor(None)
+                self._remains(node, path, known._replace(note=known.note or _IN_A_STRING))
+        elif node.value.startswith(names.REGISTERED):
+            known = names.registered(node.value.removeprefix(names.REGISTERED))
+            if known is not None and not known.is_ours:
+                self._add(self.remaining, node, node.value, known)
+        elif REQUIREMENT.fullmatch(node.value):
+            self._add(self.remaining, node, node.value, Successor(NEW_PACKAGE, _IN_A_STRING))
+
+    def _move_uses(self) -> None:
+        """Move the names that find the new package exactly where they find the old one."""
+        ours = [each for each in self.scopes.imports if self.binds_package(each)]
+        own = {each.scope for each in ours}
+        read = [use for use in self.scopes.uses if use.node.id == self.package]
+        read += [
+            string
+            for string in self.scopes.strings
+            if string.context.is_annotation and self.package in string.node.value
         ]
+        while True:
+            moving = {each for *_, binders in self._candidates for each in binders}
+            moving |= {each for each in self._old if self._is_registering(each)}
+            homes = own | {each.scope for each in moving}
+            hiding = {
+                found
+                for use, _, (first, *_) in self._candidates
+                for found in lookup(use.context.scope, homes.__contains__)
+                if found is not first.scope
+            }
+            for use in read:
+                found = lookup(use.context.scope, homes.__contains__)
+                if found != lookup(use.context.scope, own.__contains__) or not (
+                    any(each.scope in found and _is_bound(each, use) for each in ours)
+                ):
+                    hiding.update(found)
+            # An import in a function makes the name local to it, for all that the function reads.
+            stuck = {each for each in moving if each.scope in hiding}
+            if not stuck:
+                break
+            self._unclear |= stuck
+            for use, path, binders in self._candidates:
+                if stuck.intersection(binders):
+                    self._leave(use, _joined(OLD_PACKAGE, path), binders)
+            self._candidates = [each for each in self._candidates if not stuck & set(each[2])]
+        # Where several names become one, that one may be bound while one of them is not.
+        named = {(each.scope, each.name) for each in moving} | {(scope, None) for scope in own}
+        names_in = collections.Counter(scope for scope, _ in named)
+        for use, path, binders in self._candidates:
+            home = binders[0].scope
+            is_bound = names_in[home] == 1 or any(_is_bound(each, use) for each in binders)
+            if is_bound and lookup(use.context.scope, homes.__contains__) == [home]:
+                known = names.successor(path)
+                self.moved_uses[use] = known.name.removeprefix(f"{NEW_PACKAGE}.")
+                self.moved.update(binders)
+                self._add(self.changes, use.node, _joined(OLD_PACKAGE, path), known)
+            else:
+                self._leave(use, _joined(OLD_PACKAGE, path), binders)
 
-    def _stands_for(self, name: str, node: cst.CSTNode, bindings: list[Binding]) -> str | None:
-        """The path below the old package that a name stands for; None where that is not clear."""
-        paths = {binding.stands_for for binding in bindings}
-        others = {
-            each
-            for each in self._assignments(name, node)
-            if not isinstance(each, metadata.ImportAssignment) or not old_imports(each.node)
-        }
-        is_clear = len(paths) == 1 and not others and name not in self._redirected
-        return paths.pop() if is_clear else None
+    def _is_registering(self, each: Import) -> bool:
+        """Whether an import that nothing refers to is there to register layers."""
+        is_unused = each not in self.needed and each not in self._unclear
+        return is_unused and below_old(each.path) in names.REGISTERING_MODULES
 
-    def _is_clear(self, binding: Binding) -> bool:
-        bindings = self._bindings_of(binding.name, binding.statement)
-        return self._stands_for(binding.name, binding.statement, bindings) is not None
+    def _move_imports(self) -> None:
+        """Decide what becomes of the imports, now that their uses are known."""
+        for star in self.scopes.stars:
+            if star.level == 0 and (path := below_old(star.module)) is not None:
+                known = Successor(None, "import what is used by its name")
+                self._remains(star, _joined(path, "*"), known)
+        for each in self.scopes.imports:
+            path = below_old(each.path)
+            known = None if path is None else names.successor(path)
+            if path is None or (known is None and each in self.needed):
+                continue
+            if each in self._unclear:
+                known = known if known is not None and not known.is_ours else _UNCLEAR
+            elif known is None and (each in self.moved or self._is_registering(each)):
+                known = Successor(NEW_PACKAGE)
+            known = known or _UNUSED
+            if known.is_ours or known.name == NEW_PACKAGE:
+                self.moved.add(each)
+                self._add(self.changes, each.alias, _joined(OLD_PACKAGE, path), known)
+            else:
+                self.needed.add(each)
+                self._remains(each.alias, path, known)
 
-    def _assignments(self, name: str, node: cst.CSTNode) -> list[metadata.Assignment]:
-        scope = self.get_metadata(metadata.ScopeProvider, node, None)
-        found = scope[name] if scope is not None else ()
-        return [each for each in found if isinstance(each, metadata.Assignment)]  # no builtin
+    def _remains(self, node: ast.AST, path: str, known: Successor) -> None:
+        self._add(self.remaining, node, _joined(OLD_PACKAGE, path), known)
 
-    def _moved(self, position: tuple[int, int], path: str, known: names.Successor) -> None:
-        self._add(self.changes, position, _below(OLD_PACKAGE, path), known)
-
-    def _remains(self, position: tuple[int, int], path: str, known: names.Successor) -> None:
-        self._add(self.remaining, position, _below(OLD_PACKAGE, path), known)
-
-    def _add(self, findings: list[Finding], position, old: str, known: names.Successor) -> None:
-        findings.append(Finding(*position, old, known.name, known.note))
-
-    def _position(self, node: cst.CSTNode) -> tuple[int, int]:
-        start = self.get_metadata(metadata.PositionProvider, node).start
-        return start.line, start.column + 1
-
-
-def old_imports(statement: cst.Import | cst.ImportFrom) -> list[tuple[cst.ImportAlias, str]]:
-    """What a statement imports of TensorFlow Addons, each with its path below the package."""
-    module = _module_of(statement) if isinstance(statement, cst.ImportFrom) else ""
-    if module is None or isinstance(statement.names, cst.ImportStar):
-        return []
-    paths = {alias: _path_below(_below(module, alias.evaluated_name)) for alias in statement.names}
-    return [(alias, path) for alias, path in paths.items() if path is not None]
+    def _add(self, findings: list[Finding], node: ast.AST, old: str, known: Successor) -> None:
+        findings.append(Finding(*self._lines.position(node), old, known.name, known.note))
 
 
-def bound_name(alias: cst.ImportAlias) -> str:
-    """The name that an import binds."""
-    return alias.evaluated_alias or alias.evaluated_name.partition(".")[0]
-
-
-def chain_of(node: cst.BaseExpression) -> list[cst.Name | cst.Attribute]:
-    """The nodes of `a.b.c` from a to c; none if it does not begin with a name."""
-    chain = [node]
-    while isinstance(node, cst.Attribute):
-        node = node.value
-        chain.append(node)
-    return chain[::-1] if isinstance(node, cst.Name) else []
-
-
-def _module_of(statement: cst.ImportFrom) -> str | None:
-    """The module of `from module import ...`; None for a relative one, which is not the package."""
-    return None if statement.relative else helpers.get_full_name_for_node(statement.module)
-
-
-def _path_below(dotted: str) -> str | None:
+def below_old(dotted: str) -> str | None:
     """The path below the old package of a dotted name; None outside of it."""
     package, _, path = dotted.partition(".")
     return path if package == OLD_PACKAGE else None
 
 
-def _below(package: str, path: str) -> str:
-    return ".".join(filter(None, [package, path]))
+def _joined(*parts: str) -> str:
+    return ".".join(filter(None, parts))
+
+
+def _is_bound(each: Import, use: Use) -> bool:
+    """Whether an import has run whenever a name is read; nobody reads one in a string so soon."""
+    return isinstance(use.node, ast.Constant) or each.place.precedes(use.context.place)
+
+
+def binders_of(scope: Scope, name: str) -> list[Import | None]:
+    """All that may have bound a name as `scope` reads it."""
+    found = lookup(scope, lambda each: name in each.bound)
+    return [binder for each in found for binder in each.bound[name]]
+
+
+def is_of_class(each: Import) -> bool:
+    """Whether an import of the old package binds what is no module."""
+    return names.successor(below_old(each.stands_for)) is not None
+
+
+def _is_of_package(each: Import | None) -> bool:
+    """Whether what an import binds is the new package: `import normwise.layers` does so, too."""
+    return each is not None and each.stands_for == NEW_PACKAGE
+
+
+def _meaning(binder: Import | None) -> str | None:
+    """What a name stands for by what binds it; one name for a class in all modules that have it."""
+    path = None if binder is None else below_old(binder.stands_for)
+    known = None if path is None else names.successor(path)
+    return known.name if known is not None and known.is_ours else path

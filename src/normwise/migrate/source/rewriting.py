@@ -1,27 +1,19 @@
 """Python source that uses TensorFlow Addons, rewritten to use normwise where normwise has the name.
 
-A name is followed from its import to its uses by LibCST, whose tree keeps every space and comment;
+A name is followed from its import to its uses in CPython's own tree, and replaced where it stands;
 what is not about TensorFlow Addons comes out as it went in.
 """
 
 import ast
+import bisect
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
-try:
-    import libcst as cst
-except ImportError as error:
-    raise ImportError(
-        "rewriting source needs LibCST, which is not installed; run pip install 'normwise[migrate]'"
-    ) from error
-from libcst import metadata
-
-from normwise.migrate.source.edits import Edits, name_of_package
-from normwise.migrate.source.references import Finding, References
-
-# Below the source while it is read: after its own last statement LibCST keeps neither all blank
-# lines nor all comments (version 1.8; `test_the_layout_of_a_script_stays`).
-_LAST_STATEMENT = "pass\n"
+from normwise.migrate.source.edits import Edits
+from normwise.migrate.source.keras3 import find_hints
+from normwise.migrate.source.references import Finding, Lines, References
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,11 +24,13 @@ class Rewritten:
         text: the new text; the old one itself where nothing moved.
         changes: what moved.
         remaining: what did not.
+        hints: what Keras 3 refuses, whether TensorFlow Addons was there or not.
     """
 
     text: str
     changes: tuple[Finding, ...]
     remaining: tuple[Finding, ...]
+    hints: tuple[Finding, ...] = ()
 
 
 def rewrite_source(text: str) -> Rewritten:
@@ -81,58 +75,74 @@ def rewrite_source(text: str) -> Rewritten:
             f"rewrite_source takes the source as a str, not {type(text).__name__}; "
             "decode it, as with tokenize.open"
         )
-    return rewrite_cells(text, cell_starts=(1,))
+    mark = "\ufeff" if text.startswith("\ufeff") else ""
+    parse(text.removeprefix(mark))
+    done = rewrite_cells(text.removeprefix(mark), cell_starts=(1,))
+    parse(done.text)
+    return dataclasses.replace(done, text=mark + done.text)
 
 
 def rewrite_cells(text: str, cell_starts: Sequence[int]) -> Rewritten:
     """`rewrite_source` of text whose parts run one by one, each with imports of its own.
 
     Args:
-        text: the parts, one after the other.
+        text: the parts, one after the other, each of which is known to be Python.
         cell_starts: the line of each part's beginning, in order.
     """
-    mark = "\ufeff" if text.startswith("\ufeff") else ""
-    source = text.removeprefix(mark)
-    end = _LAST_STATEMENT if source.endswith("\n") or not source else f"\n{_LAST_STATEMENT}"
-    module = metadata.MetadataWrapper(parse(source + end))
-    _check_nothing_is_lost(source + end, module.module.code)
-    references = References(cell_starts)
-    module.visit(references)
+    lines = Lines(text)
+    references = References(lines, _compiled(text, ast.PyCF_ONLY_AST))
     if references.changes:
-        scopes = set(module.resolve(metadata.ScopeProvider).values()) - {None}
-        rewritten = module.module.visit(Edits(references, name_of_package(scopes)))
-        text = mark + rewritten.code.removesuffix(end)
-    return Rewritten(text, in_order(references.changes), in_order(references.remaining))
-
-
-def _check_nothing_is_lost(source: str, read: str) -> None:
-    lines = zip(source.split("\n"), read.split("\n"), strict=False)
-    for number, (line, kept) in enumerate(lines, start=1):
-        if line != kept:
+        new = Edits(lines, references, cell_starts).rewritten()
+        again = References(Lines(new), _compiled(new, ast.PyCF_ONLY_AST)).changes
+        if again:
             raise ValueError(
-                f"line {number}: LibCST loses a form feed or a backslash before a statement; "
-                "remove it first"
+                f"line {again[0].line} of the result: {again[0].old} would move only in a second "
+                "run; move it by hand"
             )
+        text = new
+    hints = find_hints(references.scopes, lines)
+    findings = (references.changes, references.remaining, hints)
+    return Rewritten(text, *map(in_order, findings))
 
 
-def parse(text: str) -> cst.Module:
-    """The tree of Python source.
+def parse(text: str) -> None:
+    """Compile Python source, which may await at its top as cells do, and forget the code.
 
     Raises:
         ValueError: it is no Python.
     """
     try:
-        return cst.parse_module(text)
-    except cst.ParserSyntaxError as error:
-        raise ValueError(f"{_what_is_wrong(text, error)}; correct it first") from error
+        _compiled(text, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    except SyntaxError as error:
+        line = error.lineno or text.count("\n", 0, text.find("\0")) + 1
+        reason = f"no Python 3: {error.msg}; correct it first"
+    except UnicodeEncodeError as error:
+        line = text.count("\n", 0, error.start) + 1
+        reason = f"{error.object[error.start]!a} is half a character; write it as an escape"
+    except (RecursionError, MemoryError):
+        lines = text.splitlines(keepends=True)
+        starts = range(1, len(lines))
+        # Of an expression over several lines the last one counts, which completes it.
+        line = bisect.bisect(starts, False, key=lambda n: _is_too_deep("".join(lines[:n]))) + 1
+        reason = "nested too deeply for Python to compile it; divide it first"
+    else:
+        return
+    raise ValueError(f"line {line}: {reason}")
 
 
-def _what_is_wrong(text: str, error: cst.ParserSyntaxError) -> str:
-    try:
-        ast.parse(text)
-    except SyntaxError as plain:  # In better words than the parser's.
-        return f"line {plain.lineno}: no Python 3: {plain.msg}"
-    return f"line {error.raw_line}: no Python that LibCST knows: {error.message}"
+def _is_too_deep(text: str) -> bool:
+    with contextlib.suppress(SyntaxError):
+        try:
+            _compiled(text, ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        except (RecursionError, MemoryError):
+            return True
+    return False
+
+
+def _compiled(text: str, flags: int):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is odd in the source
+        return compile(text, "source", "exec", flags, dont_inherit=True)
 
 
 def in_order(findings: list[Finding]) -> tuple[Finding, ...]:
