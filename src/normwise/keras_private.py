@@ -92,8 +92,8 @@ def visit_shapes(model: keras.Model, inputs: Any, visit: Callable[[Any, tuple, A
     """
     graph = _name(model, "_functional") if isinstance(model, keras.Sequential) else model
 
-    def symbolic(operation):
-        def run(*args, **kwargs):
+    def symbolic(operation: Any) -> Callable:
+        def run(*args: Any, **kwargs: Any) -> Any:
             if hasattr(operation, "_run_through_graph") or getattr(operation, "_functional", None):
                 return visit_shapes(operation, args[0], visit)
             if isinstance(operation, keras.layers.TimeDistributed):
