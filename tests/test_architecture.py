@@ -28,6 +28,7 @@ FLOORS = [
     "layers",
     "rnn",
     "doctor",
+    "models",
     "migrate",
     "tutorial",
     "cli",

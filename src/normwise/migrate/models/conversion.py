@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import itertools
-import math
 import os
 import sys
 import tempfile
@@ -12,30 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import ml_dtypes
-import numpy as np
 
 import normwise
-from normwise import keras_private
 from normwise.migrate.models import loading
 from normwise.migrate.models.reading import formats
 from normwise.migrate.models.reading.budget import Budget
+from normwise.models import comparison
 from normwise.text import one_line
-
-# Of an extent that the model leaves open. The first suits most models, and halves as often as a
-# U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
-OPEN_EXTENTS = (32, 64, 256, 8, 1)
-BATCH = 2
-# How many steps of a scan one costs that Python repeats; multiplications, a comparison of a pool;
-# and elements, an output, of which there are two in the framework's memory and two in NumPy's.
-UNROLLED, POOLED, COMPARED = 12, 16, 4
-PIECE = 1 << 20  # of outputs that are compared, in float64
-STEPPING = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.TimeDistributed)
-ATTENTIONS = (
-    keras.layers.Attention,
-    keras.layers.AdditiveAttention,
-    keras.layers.MultiHeadAttention,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,13 +192,13 @@ def _save_and_read_back(model, written, path, custom_objects, safe_mode):
     except Exception as error:
         raise _refused(
             f"{path} was loaded, but Keras {keras.__version__} cannot save it and read it back "
-            f"({_first_line(error)}); keep the model of load_model, and its weights alone"
+            f"({comparison.first_line(error)}); keep the model of load_model, and its weights alone"
         ) from error
 
 
 def _compare_weights(model, again, path) -> None:
     for old, new in itertools.zip_longest(model.weights, again.weights):
-        if old is None or new is None or not np.array_equal(_numpy(old), _numpy(new), True):
+        if old is None or new is None or not comparison.is_equal(old, new):
             named = new if old is None else old
             raise _refused(
                 f"{path}: the weight {named.path} is another after saving, so nothing was "
@@ -226,12 +208,14 @@ def _compare_weights(model, again, path) -> None:
 
 def _compare_predictions(model, again, path, seed) -> tuple[float, float]:
     """The largest difference between the models' outputs, and what it may be."""
-    inputs, expected = _inputs_and_outputs(model, path, seed)
-    found = _predict(again, inputs)
-    tolerance = _tolerance(model, expected)
-    pairs = (zip(_pieces(a), _pieces(b), strict=True) for a, b in zip(found, expected, strict=True))
-    differences = itertools.starmap(_largest_difference, itertools.chain.from_iterable(pairs))
-    difference = max(differences, default=0.0)
+    budget = Budget(formats.file_bytes(path))
+    try:
+        difference, tolerance = comparison.compare(model, again, seed, budget.spend)
+    except ValueError as error:
+        raise _refused(
+            f"{path} was loaded, but {error}, so the file to write cannot be checked; use "
+            "load_model, and save the model once you have compared its predictions"
+        ) from error
     if not difference <= tolerance:
         raise _refused(
             f"{path}: the written model predicts otherwise than the loaded one, by "
@@ -239,144 +223,6 @@ def _compare_predictions(model, again, path, seed) -> tuple[float, float]:
             "your own leave an argument out of its config?"
         )
     return difference, tolerance
-
-
-def _inputs_and_outputs(model, path, seed):
-    """Random input of the first extents that the model takes, and what it predicts for them."""
-    specs = _input_specs(model, path)
-    is_open = any(None in spec.shape[1:] for spec in keras.tree.flatten(specs))
-    for extent in OPEN_EXTENTS if is_open else OPEN_EXTENTS[:1]:
-        try:
-            shaped = keras.tree.map_structure(lambda spec, n=extent: _shaped(spec, n), specs)
-            _check_work(model, shaped, Budget(formats.file_bytes(path)))
-            inputs = _random_inputs(model, shaped, np.random.default_rng(seed))
-            outputs = _predict(model, inputs)
-            if not all(output.size for output in outputs):
-                raise ValueError("nothing is left of it at the end")
-            return inputs, outputs
-        except Exception as error:
-            refusal = error
-    raise _refused(
-        f"{path} was loaded, but the model takes no random input of the shapes that it declares "
-        f"({_first_line(refusal)}), so the file to write cannot be checked; use load_model, and "
-        "save the model once you have compared its predictions"
-    ) from refusal
-
-
-def _input_specs(model, path):
-    """The symbolic inputs in the structure that the model is called with."""
-    try:
-        return model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-    except (AttributeError, ValueError) as error:
-        raise _refused(
-            f"{path} holds a {type(model).__name__}, which does not say what its inputs are, so "
-            "the file to write cannot be checked; use load_model, call the model, and save it"
-        ) from error
-
-
-def _shaped(spec, extent: int) -> keras.KerasTensor:
-    batch, *extents = spec.shape
-    shape = (batch or BATCH, *(extent if given is None else given for given in extents))
-    return keras.KerasTensor(shape, keras.backend.standardize_dtype(spec.dtype))
-
-
-def _check_work(model, inputs, budget: Budget) -> None:
-    """Count what a model makes of inputs before they are drawn: its config may claim any extent."""
-
-    def count(layer, arguments, outputs):
-        given, made = (
-            [each for each in keras.tree.flatten(tensors) if isinstance(each, keras.KerasTensor)]
-            for tensors in (arguments, outputs)
-        )
-        elements = sum(map(_size, made))
-        budget.spend("elements", elements + _hidden(layer, given, made))
-        steps = 1
-        if isinstance(layer, STEPPING):
-            steps = given[0].shape[1] or 0
-            cells = getattr(layer, "forward_layer", layer)
-            is_scan = isinstance(cells, keras.layers.RNN) and not cells.unroll
-            budget.spend("steps", steps * (1 if is_scan else UNROLLED))
-        # An output takes at most an operation for each weight that its channel has, or of its pool.
-        positions = sum(_size(each) // (each.shape[-1] or 1) for each in made if each.shape)
-        weights = sum(map(_size, getattr(layer, "weights", ())))
-        pool = POOLED * math.prod(keras.tree.flatten(getattr(layer, "pool_size", 0)))
-        budget.spend("operations", steps * positions * weights + elements * pool)
-
-    count(None, (), inputs)
-    outputs = keras_private.visit_shapes(model, inputs, count)
-    budget.spend("elements", COMPARED * sum(map(_size, keras.tree.flatten(outputs))))
-
-
-def _hidden(layer, given, made) -> int:
-    """How many numbers a layer makes that are not in its outputs."""
-    if isinstance(layer, ATTENTIONS) and len(given) > 1:
-        # Of each position with each, the scores and what becomes of them.
-        batch, channels = given[0].shape[0], given[0].shape[-1]
-        positions = (_size(each) // max(1, batch * each.shape[-1]) for each in given[:2])
-        of_each = getattr(layer, "num_heads", 1)
-        if isinstance(layer, keras.layers.AdditiveAttention):
-            of_each = channels
-        return 4 * batch * math.prod(positions) * of_each
-    if getattr(layer, "interpolation", "nearest") != "nearest":
-        # A matrix for each axis.
-        return sum(a * b for a, b in zip(given[0].shape, made[0].shape, strict=True) if a != b)
-    if getattr(layer, "output_mode", "int") != "int":
-        return _size(given[0]) * made[0].shape[-1]  # a row for each number, and then their sum
-    return 0
-
-
-def _random_inputs(model, specs, rng):
-    """Input for every part of a model to do something: integers for tables, gaps for masks."""
-    layers = keras_private.inner_layers(model)
-    vocabularies = [
-        layer.input_dim for layer in layers if isinstance(layer, keras.layers.Embedding)
-    ]
-    masks = [layer.mask_value for layer in layers if isinstance(layer, keras.layers.Masking)]
-
-    def draw(spec):
-        # Integers below the smallest vocabulary are valid whatever becomes of an input.
-        if vocabularies or "int" in spec.dtype or spec.dtype == "bool":
-            drawn = rng.integers(0, min(vocabularies, default=2), spec.shape, "int32")
-        else:
-            drawn = rng.standard_normal(spec.shape, "float32")
-        if len(spec.shape) > 1:
-            # As a shorter sequence, padded on the right, which is what cuDNN's kernels take.
-            drawn[0, (spec.shape[1] + 1) // 2 :] = masks[0] if masks else 0
-        return keras.ops.convert_to_tensor(drawn, spec.dtype)
-
-    return keras.tree.map_structure(draw, specs)
-
-
-def _predict(model, inputs) -> list[np.ndarray]:
-    outputs = keras.tree.flatten(model(inputs, training=False))
-    return [keras.ops.convert_to_numpy(output) for output in outputs]
-
-
-def _numpy(tensor) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(tensor), "float64")
-
-
-def _pieces(output: np.ndarray) -> Iterator[np.ndarray]:
-    flat = output.reshape(-1)
-    return (flat[at : at + PIECE].astype("float64") for at in range(0, flat.size, PIECE))
-
-
-def _largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
-    same = (found == expected) | (np.isnan(found) & np.isnan(expected))
-    with np.errstate(invalid="ignore"):
-        return float(np.where(same, 0.0, np.abs(found - expected)).max(initial=0.0))
-
-
-def _tolerance(model, outputs) -> float:
-    dtypes = {layer.compute_dtype for layer in [model, *keras_private.inner_layers(model)]}
-    eps = max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes if "float" in dtype)
-    pieces = itertools.chain.from_iterable(map(_pieces, outputs))
-    largest = max((np.abs(y[np.isfinite(y)]).max(initial=1.0) for y in pieces), default=1.0)
-    return float(eps * largest * sum(np.sqrt(_size(weight)) for weight in model.weights))
-
-
-def _size(tensor) -> int:
-    return math.prod(1 if extent is None else extent for extent in tensor.shape)
 
 
 def _converted_layers(config: dict, model) -> Iterator[ConvertedLayer]:
@@ -388,7 +234,7 @@ def _converted_layers(config: dict, model) -> Iterator[ConvertedLayer]:
             old=old.get(name),
             new=_class(keras.saving.serialize_keras_object(layer)),
             weights=len(layer.weights),
-            parameters=sum(map(_size, layer.weights)),
+            parameters=layer.count_params(),
         )
 
 
@@ -428,8 +274,3 @@ def _versions() -> dict[str, str]:
         # Keras has imported its backend, under the name that it goes by.
         backend: sys.modules[backend].__version__,
     }
-
-
-def _first_line(error: Exception) -> str:
-    text = f"{type(error).__name__}: {error}"
-    return text.strip().splitlines()[0]
