@@ -76,6 +76,35 @@ def test_only_kernels_name_a_framework(path):
         assert not named & FRAMEWORKS
 
 
+@pytest.mark.parametrize("path", MODULES, ids=name)
+def test_printing_is_the_command_lines(path):
+    if floor_of(path) in ("migrate", "models"):
+        assert not {each.partition(".")[0] for each in imports(path)} & {"typer", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "others"),
+    [
+        ("migrate/models", {"source"}),
+        ("migrate/source", {"models"}),
+    ],
+)
+def test_models_and_source_are_two_programs(folder, others):
+    for path in (PACKAGE / folder).rglob("*.py"):
+        for imported in imports(path):
+            if imported.startswith("normwise.migrate."):
+                assert imported.split(".")[2] not in others, f"{name(path)} imports {imported}"
+
+
+def test_what_reads_files_needs_no_keras():
+    """The process that runs it imports neither Keras nor the package."""
+    for path in (PACKAGE / "migrate/models/reading").glob("*.py"):
+        for imported in imports(path):
+            package = imported.partition(".")[0]
+            is_here = imported.startswith("normwise.migrate.models.reading")
+            assert is_here or package in {*sys.stdlib_module_names, "h5py", "numpy"}
+
+
 def test_every_module_has_a_floor():
     assert {floor_of(path) for path in MODULES} == {*FLOORS, "__init__"}
 
