@@ -413,11 +413,6 @@ LSTM = {
             "steps",
         ),
         (
-            model_on(2000, 1, layers=[old_models.layer("LSTM", "a", units=2, unroll=True)]),
-            {"a": LSTM},
-            "steps",
-        ),
-        (
             model_on(
                 10**5,
                 4,
@@ -446,6 +441,14 @@ def test_steps_that_are_unrolled_are_no_calls(tmp_path):
     model = migrate.load_model(path)
     assert model.layers[0].unroll
     assert model.layers[0].get_config()["unroll"]
+
+
+def test_steps_that_are_unrolled_are_scanned_to_be_compared(tmp_path):
+    layer = old_models.layer("LSTM", "a", units=2, unroll=True)
+    path = old_models.write_h5(tmp_path / "old.h5", model_on(3000, 1, layers=[layer]), {"a": LSTM})
+    migrate.convert(path, tmp_path / "new.keras")
+    with zipfile.ZipFile(tmp_path / "new.keras") as archive:
+        assert b'"unroll": true' in archive.read("config.json")
 
 
 def test_a_million_empty_objects_are_refused(h5):

@@ -1,5 +1,6 @@
 """Whether two models predict the same: on random input, of the shapes that they declare."""
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -17,10 +18,10 @@ Spend = Callable[[str, int], None]
 # Of an extent that the model leaves open. The first suits most models, and halves as often as a
 # U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
 OPEN_EXTENTS = (32, 64, 256, 8, 1)
-BATCH = 2
+BATCHES = (2, 1)  # the second, where two samples are too large
 # How many steps of a scan one costs that Python repeats; multiplications, a comparison of a pool;
 # and elements, an output, of which there are two in the framework's memory and two in NumPy's.
-UNROLLED, POOLED, COMPARED = 12, 16, 4
+REPEATED, POOLED, COMPARED = 12, 16, 4
 PIECE = 1 << 20  # of outputs that are compared, in float64
 STEPPING = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.TimeDistributed)
 ATTENTIONS = (
@@ -50,11 +51,26 @@ def compare(
     Raises:
         ValueError: the model does not say what its inputs are, or takes none of what was tried.
     """
-    inputs, expected = _inputs_and_outputs(model, seed, spend)
-    found = _predict(other, inputs)
+    with _rolled(model, other):
+        inputs, expected = _inputs_and_outputs(model, seed, spend)
+        found = _predict(other, inputs)
     pairs = (zip(_pieces(a), _pieces(b), strict=True) for a, b in zip(found, expected, strict=True))
     differences = itertools.starmap(_largest_difference, itertools.chain.from_iterable(pairs))
     return max(differences, default=0.0), _tolerance(model, expected)
+
+
+@contextlib.contextmanager
+def _rolled(*models: keras.Model) -> Iterator[None]:
+    """Let recurrent layers scan that write out each of their steps: the same sums, much sooner."""
+    layers = [each for model in models for each in keras_private.inner_layers(model)]
+    unrolled = [each for each in layers if getattr(each, "unroll", False)]
+    try:
+        for layer in unrolled:
+            layer.unroll = False
+        yield
+    finally:
+        for layer in unrolled:
+            layer.unroll = True
 
 
 def is_equal(variable: keras.Variable, other: keras.Variable) -> bool:
@@ -73,9 +89,10 @@ def _inputs_and_outputs(model, seed: int, spend: Spend) -> tuple[Any, list[np.nd
     """Random input of the first extents that the model takes, and what it predicts for them."""
     specs = _input_specs(model)
     is_open = any(None in spec.shape[1:] for spec in keras.tree.flatten(specs))
-    for extent in OPEN_EXTENTS if is_open else OPEN_EXTENTS[:1]:
+    extents = OPEN_EXTENTS if is_open else OPEN_EXTENTS[:1]
+    for given in itertools.product(BATCHES, extents):
         try:
-            shaped = keras.tree.map_structure(lambda spec, n=extent: _shaped(spec, n), specs)
+            shaped = keras.tree.map_structure(lambda spec, g=given: _shaped(spec, *g), specs)
             _count_work(model, shaped, spend)
             inputs = _random_inputs(model, shaped, np.random.default_rng(seed))
             outputs = _predict(model, inputs)
@@ -99,9 +116,9 @@ def _input_specs(model: keras.Model) -> Any:
         ) from error
 
 
-def _shaped(spec, extent: int) -> keras.KerasTensor:
-    batch, *extents = spec.shape
-    shape = (batch or BATCH, *(extent if given is None else given for given in extents))
+def _shaped(spec, batch: int, extent: int) -> keras.KerasTensor:
+    given_batch, *extents = spec.shape
+    shape = (given_batch or batch, *(extent if given is None else given for given in extents))
     return keras.KerasTensor(shape, keras.backend.standardize_dtype(spec.dtype))
 
 
@@ -118,9 +135,8 @@ def _count_work(model, inputs, spend: Spend) -> None:
         steps = 1
         if isinstance(layer, STEPPING):
             steps = given[0].shape[1] or 0
-            cells = getattr(layer, "forward_layer", layer)
-            is_scan = isinstance(cells, keras.layers.RNN) and not cells.unroll
-            spend("steps", steps * (1 if is_scan else UNROLLED))
+            is_scan = not isinstance(layer, keras.layers.TimeDistributed)
+            spend("steps", steps * (1 if is_scan else REPEATED))
         # An output takes at most an operation for each weight that its channel has, or of its pool.
         positions = sum(_size(each) // (each.shape[-1] or 1) for each in made if each.shape)
         weights = sum(map(_size, getattr(layer, "weights", ())))
