@@ -443,6 +443,21 @@ def test_steps_that_are_unrolled_are_no_calls(tmp_path):
     assert model.layers[0].get_config()["unroll"]
 
 
+def test_a_small_model_of_a_large_image_converts(tmp_path):
+    layers = [old_models.input_layer("image", 512, 512, 3)]
+    weights = {}
+    for number in range(6):
+        channels = 16 if number else 3
+        name = f"conv{number}"
+        layers.append(
+            old_models.layer("Conv2D", name, filters=16, kernel_size=[3, 3], padding="same")
+        )
+        kernel = np.full((3, 3, channels, 16), 0.01, "float32")
+        weights[name] = {"kernel": kernel, "bias": np.zeros(16, "float32")}
+    path = old_models.write_h5(tmp_path / "old.h5", old_models.sequential(*layers), weights)
+    assert migrate.convert(path, tmp_path / "new.keras").tolerance > 0
+
+
 def test_steps_that_are_unrolled_are_scanned_to_be_compared(tmp_path):
     layer = old_models.layer("LSTM", "a", units=2, unroll=True)
     path = old_models.write_h5(tmp_path / "old.h5", model_on(3000, 1, layers=[layer]), {"a": LSTM})

@@ -35,7 +35,7 @@ def compare(
     model: keras.Model,
     other: keras.Model,
     seed: int = 0,
-    spend: Spend = lambda what, amount: None,
+    count: Callable[[], Spend] = lambda: lambda what, amount: None,
 ) -> tuple[float, float]:
     """The largest difference between what two models predict, and what it may be.
 
@@ -46,13 +46,14 @@ def compare(
     Args:
         model, other: models of the same inputs and outputs.
         seed: of the random input.
-        spend: is told what the first model makes before it makes it, and may raise ValueError.
+        count: gives, for each input that is tried, what is told what the first model makes of it,
+            before it does so; that may raise ValueError.
 
     Raises:
         ValueError: the model does not say what its inputs are, or takes none of what was tried.
     """
     with _rolled(model, other):
-        inputs, expected = _inputs_and_outputs(model, seed, spend)
+        inputs, expected = _inputs_and_outputs(model, seed, count)
         found = _predict(other, inputs)
     pairs = (zip(_pieces(a), _pieces(b), strict=True) for a, b in zip(found, expected, strict=True))
     differences = itertools.starmap(_largest_difference, itertools.chain.from_iterable(pairs))
@@ -85,7 +86,7 @@ def first_line(error: Exception) -> str:
     return text.strip().splitlines()[0]
 
 
-def _inputs_and_outputs(model, seed: int, spend: Spend) -> tuple[Any, list[np.ndarray]]:
+def _inputs_and_outputs(model, seed: int, count) -> tuple[Any, list[np.ndarray]]:
     """Random input of the first extents that the model takes, and what it predicts for them."""
     specs = _input_specs(model)
     is_open = any(None in spec.shape[1:] for spec in keras.tree.flatten(specs))
@@ -93,7 +94,7 @@ def _inputs_and_outputs(model, seed: int, spend: Spend) -> tuple[Any, list[np.nd
     for given in itertools.product(BATCHES, extents):
         try:
             shaped = keras.tree.map_structure(lambda spec, g=given: _shaped(spec, *g), specs)
-            _count_work(model, shaped, spend)
+            _count_work(model, shaped, count())
             inputs = _random_inputs(model, shaped, np.random.default_rng(seed))
             outputs = _predict(model, inputs)
             if not all(output.size for output in outputs):

@@ -208,9 +208,9 @@ def _compare_weights(model, again, path) -> None:
 
 def _compare_predictions(model, again, path, seed) -> tuple[float, float]:
     """The largest difference between the models' outputs, and what it may be."""
-    budget = Budget(formats.file_bytes(path))
+    size = formats.file_bytes(path)
     try:
-        difference, tolerance = comparison.compare(model, again, seed, budget.spend)
+        difference, tolerance = comparison.compare(model, again, seed, lambda: Budget(size).spend)
     except ValueError as error:
         raise _refused(
             f"{path} was loaded, but {error}, so the file to write cannot be checked; use "

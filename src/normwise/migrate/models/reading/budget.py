@@ -15,7 +15,7 @@ LIMITS = {
     "bytes of weights": (1 << 20, 20),
     # Tried on random input: a small model may well take a large image or a long series.
     "elements": (1 << 26, 64),
-    "operations": (1 << 32, 1 << 12),
+    "operations": (1 << 33, 1 << 12),
     "steps": (1 << 13, 1 / 64),
 }
 
