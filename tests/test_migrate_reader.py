@@ -349,6 +349,16 @@ def test_models_that_call_models_are_counted(tmp_path):
         migrate.load_model(path)
 
 
+def test_cells_in_cells_end_somewhere(tmp_path):
+    cell = old_models.layer("SimpleRNNCell", "cell", units=2)
+    for level in range(24):
+        cell = old_models.layer("StackedRNNCells", f"cells{level}", cells=[cell])
+    config = model_on(4, 4, layers=[old_models.layer("RNN", "rnn", cell=cell)])
+    path = old_models.write_h5(tmp_path / "old.h5", config, {})
+    with pytest.raises(ValueError, match="its layers hold each other more than 8 deep"):
+        migrate.load_model(path)
+
+
 def calling(function, extent, **options):
     node = old_models.layer("TFOpLambda", "u", function=function)
     config = old_models.functional([(old_models.input_layer("x", extent), [])], ["x"], ["u"])

@@ -11,6 +11,8 @@ from normwise.migrate.models import configs, operations
 from normwise.migrate.models.reading.budget import Budget
 
 CONSTANT = "_CONSTANT_VALUE"
+# Keras asks a stack of cells for its last cell's states twice, so each level doubles the time.
+MAX_HELD = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Builder:
         # Options that layers get in the end: `stateful` ones keep their state from batch to batch,
         # which is made without it, and `unroll` repeats a cell as often as an input claims.
         self.late = {"stateful": [], "unroll": []}
+        self._depth = 0
 
     def model(self, data: dict) -> keras.Model:
         """A model, or a layer."""
@@ -85,6 +88,9 @@ class Builder:
         options = self._translator.options(data, cls)
         if is_own:
             return cls.from_config(options)
+        self._depth += 1
+        if self._depth > MAX_HELD:
+            raise ValueError(f"its layers hold each other more than {MAX_HELD} deep")
         held = []
         for key in configs.NESTED:
             if isinstance(inner := config.get(key), list):
@@ -93,6 +99,7 @@ class Builder:
             elif inner is not None:
                 options[key] = self.layer(inner)
                 held.append(options[key])
+        self._depth -= 1
         late = [layers for key, layers in self.late.items() if options.pop(key, False)]
         layer = cls(**options)
         for layers in late:
