@@ -11,6 +11,8 @@ import resource
 import select
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -23,6 +25,9 @@ GIVE_UP_S = 20.0
 RESERVED_LIMIT = 4 << 30
 # What was compiled for earlier files stays in memory, and would count for later ones.
 LOADS_PER_PROCESS = 400
+
+# What memory the processes took, again and again, that were started for the load that is measured.
+_started = []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +48,15 @@ class Outcome:
 
 
 class Sandbox:
-    """Loads files in another process, whose current and temporary folders are in `folder`."""
+    """Tries files in another process, whose current and temporary folders are in `folder`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.current = folder / "deep" / "current"
         self.temporary = folder / "deep" / "temporary"
-        for made in (self.current, self.temporary):
+        # Where `convert` writes.
+        self.out = folder / "out" / "out.keras"
+        for made in (self.current, self.temporary, self.out.parent):
             made.mkdir(parents=True)
         self._process = None
         self._loads = 0
@@ -62,22 +69,37 @@ class Sandbox:
 
     def load(self, path: Path, model: Path | None = None) -> Outcome:
         """Load a model, or weights into a model that is loaded from `model`."""
+        return self._try([str(path), model and str(model), None])
+
+    def convert(self, path: Path) -> Outcome:
+        """Convert a model; what it writes is removed again."""
+        return self._try([str(path), None, str(self.out)])
+
+    def _try(self, request) -> Outcome:
         if self._process is None or self._loads == LOADS_PER_PROCESS:
             self._stop()
             self._start()
         self._loads += 1
-        before = self._files()
-        answer = self._ask([str(path), model and str(model)])
+        # Keras saves by way of the folder for temporary files.
+        passing = (self.temporary, self.out.parent) if request[-1] else ()
+        before = self._files(passing)
+        answer = self._ask(request)
         if "died" in answer:
             self._stop()
-        return Outcome(**answer, written=tuple(sorted(self._files() ^ before)))
+        elif request[-1] and not answer.get("error"):
+            self.out.unlink()
+        return Outcome(**answer, written=tuple(sorted(self._files(passing) ^ before)))
 
-    def _files(self) -> set[str]:
-        """All files and folders, and when they changed: a file that came and went shows too."""
+    def _files(self, passing) -> set[str]:
+        """All files and folders, and when they changed.
+
+        So a file that came and went shows too, but for those right in the folders in `passing`.
+        """
         found = set()
         for path in (self.folder, *self.folder.rglob("*")):
             status = path.lstat()
-            found.add(f"{path} {status.st_size} {status.st_mtime_ns}")
+            changed = 0 if path in passing else status.st_mtime_ns
+            found.add(f"{path} {status.st_size} {changed}")
         return found
 
     def _start(self):
@@ -125,9 +147,14 @@ def serve():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from normwise import migrate
 
+    # Python tries once whether it can write there.
+    tempfile.gettempdir()
     models = {}
+    threading.Thread(target=_watch_children, daemon=True).start()
 
-    def load(path, model):
+    def load(path, model, out):
+        if out is not None:
+            return migrate.convert(path, out)
         if model is None:
             return migrate.load_model(path)
         if model not in models:
@@ -145,6 +172,7 @@ def _measured(load, *request):
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     Path("/proc/self/clear_refs").write_text("5")
     resident = _status("VmRSS")
+    _started.clear()
     began = _processor_s()
     outcome = {}
     try:
@@ -154,10 +182,23 @@ def _measured(load, *request):
         lines = traceback.format_exception(error)
         outcome = {"error": kind.__name__, "text": str(error), "traceback": "".join(lines)}
     outcome["processor_s"] = _processor_s() - began
-    # Of the processes that it started, the largest there ever was.
-    started = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    started = max(_started, default=0)
     outcome["memory_mib"] = (_status("VmHWM") - resident + started) / 2**20
     return outcome
+
+
+def _watch_children():
+    """Remember what memory each process that is started here takes, until the end.
+
+    What the system tells at a process's end is no less than this process takes, which it began as.
+    """
+    own, me = Path("/proc/self/cmdline").read_bytes(), os.getpid()
+    while True:
+        for child in Path(f"/proc/{me}/task/{me}/children").read_text().split():
+            with contextlib.suppress(OSError, KeyError):
+                if Path(f"/proc/{child}/cmdline").read_bytes() not in (b"", own):
+                    _started.append(_status("VmHWM", child))
+        time.sleep(0.01)
 
 
 def _processor_s():
@@ -165,8 +206,8 @@ def _processor_s():
     return sum(os.times()[:4])
 
 
-def _status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _status(field, process="self"):
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise KeyError(field)

@@ -1,10 +1,27 @@
-"""Model files with something wrong: the same ones for the same seed, from any whole file."""
+"""Model files with something wrong: the same ones for the same seed.
+
+`mutate` changes any whole file; GREEDY makes files that ask for more than they have.
+"""
 
 import random
 import shutil
 from pathlib import Path
 
-from mutations import archives, hdf5, raw, saved_models
+from mutations import (
+    archives,
+    greedy_files,
+    greedy_hdf5,
+    greedy_layers,
+    greedy_models,
+    hdf5,
+    raw,
+    saved_models,
+)
+
+GREEDY = (
+    *(*greedy_models.KINDS, *greedy_layers.KINDS),
+    *(*greedy_hdf5.KINDS, *greedy_files.KINDS),
+)
 
 
 def mutate(path: Path, folder: Path, rng: random.Random) -> tuple[Path, str]:
