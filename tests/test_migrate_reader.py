@@ -237,14 +237,20 @@ def test_arrays_come_whole_however_they_lie(h5, options):
     assert is_loaded(changed(h5, change))
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_archives_come_whole_however_they_are_packed(tmp_path, method):
-    path = WRITERS["keras"](tmp_path / "old.keras")
+def packed(folder, method):
+    """An archive whose members are packed by a method."""
+    path = WRITERS["keras"](folder / "old.keras")
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w", method) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_archives_come_whole_however_they_are_packed(tmp_path, method):
+    path = packed(tmp_path, method)
     assert is_loaded(path)
     # A byte of a weight: only the checksum of the archive tells.
     content = bytearray(path.read_bytes())
@@ -258,12 +264,7 @@ def test_archives_come_whole_however_they_are_packed(tmp_path, method):
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_packings_are_refused(tmp_path, method):
-    path = WRITERS["keras"](tmp_path / "old.keras")
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w", method) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+    path = packed(tmp_path, method)
     with pytest.raises(ValueError, match=f"packed by the method {method}, .* without compression"):
         migrate.load_model(path)
 
@@ -359,6 +360,10 @@ def test_cells_in_cells_end_somewhere(tmp_path):
         migrate.load_model(path)
 
 
+def model_on(*shape, layers):
+    return old_models.sequential(old_models.input_layer("x", *shape), *layers)
+
+
 def calling(function, extent, **options):
     node = old_models.layer("TFOpLambda", "u", function=function)
     config = old_models.functional([(old_models.input_layer("x", extent), [])], ["x"], ["u"])
@@ -378,16 +383,26 @@ def test_tensors_of_a_declared_extent_are_counted(tmp_path, function, options):
         migrate.load_model(path)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        calling("reshape", 1, shape=[1] * 40),
+        model_on(*[1] * 40, layers=[old_models.layer("ReLU", "a")]),
+        model_on(1, layers=[old_models.layer("Reshape", "a", target_shape=[1] * 40)]),
+    ],
+)
+def test_dimensions_end_somewhere(tmp_path, config):
+    path = old_models.write_h5(tmp_path / "old.h5", config, {})
+    with pytest.raises(ValueError, match=r"a tensor of 4[01] dimensions; at most 32 are built"):
+        migrate.load_model(path)
+
+
 def test_functions_of_numbers_alone_are_not_called(tmp_path):
     config = calling("one_hot", 4, depth=10**12)
     config["config"]["layers"][1]["inbound_nodes"] = [["_CONSTANT_VALUE", -1, 3, {"depth": 10**12}]]
     path = old_models.write_h5(tmp_path / "old.h5", config, {})
     with pytest.raises(ValueError, match="on numbers alone"):
         migrate.load_model(path)
-
-
-def model_on(*shape, layers):
-    return old_models.sequential(old_models.input_layer("x", *shape), *layers)
 
 
 def attending(steps):
@@ -470,7 +485,7 @@ def test_a_small_model_of_a_large_image_converts(tmp_path):
 
 def test_steps_that_are_unrolled_are_scanned_to_be_compared(tmp_path):
     layer = old_models.layer("LSTM", "a", units=2, unroll=True)
-    path = old_models.write_h5(tmp_path / "old.h5", model_on(3000, 1, layers=[layer]), {"a": LSTM})
+    path = old_models.write_h5(tmp_path / "old.h5", model_on(1000, 1, layers=[layer]), {"a": LSTM})
     migrate.convert(path, tmp_path / "new.keras")
     with zipfile.ZipFile(tmp_path / "new.keras") as archive:
         assert b'"unroll": true' in archive.read("config.json")

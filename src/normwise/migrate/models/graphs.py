@@ -13,6 +13,8 @@ from normwise.migrate.models.reading.budget import Budget
 CONSTANT = "_CONSTANT_VALUE"
 # Keras asks a stack of cells for its last cell's states twice, so each level doubles the time.
 MAX_HELD = 8
+# TensorFlow ends the process at a tensor of more than 254.
+MAX_DIMENSIONS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +148,8 @@ class Builder:
             if shape:
                 layers.insert(0, keras.Input(batch_shape=(None, *shape[1:])))
         model = keras.Sequential(layers, name=_name(config))
+        if model.built:
+            _checked(keras.tree.flatten([each.output for each in model.layers]))
         self.layers[model] = [each for each in layers if isinstance(each, keras.Layer)]
         self._calls[model] = calls
         return model
@@ -161,6 +165,17 @@ class Builder:
         self.layers[model] = graph.layers
         self._calls[model] = graph.calls
         return model
+
+
+def _checked(tensors: list) -> list:
+    """Tensors, unless one has more dimensions than any framework makes."""
+    for each in tensors:
+        if len(each.shape) > MAX_DIMENSIONS:
+            raise ValueError(
+                f"it makes a tensor of {len(each.shape):,} dimensions; at most {MAX_DIMENSIONS} "
+                "are built"
+            )
+    return tensors
 
 
 def _listed_layers(config: dict) -> list[dict]:
@@ -249,7 +264,7 @@ class _Graph:
                 waiting[absent].append(call)
                 continue
             key = (call.layer, call.index)
-            self._outputs[key] = keras.tree.flatten(self._make(call))
+            self._outputs[key] = _checked(keras.tree.flatten(self._make(call)))
             ready.extend(waiting.pop(key, ()))
         if waiting:
             (layer, call), blocked = next(iter(waiting.items()))
@@ -313,12 +328,14 @@ def _input(config: dict) -> keras.layers.InputLayer:
     shape = _shape(config.get("batch_input_shape", config.get("batch_shape")))
     if shape is None:
         raise ValueError(f"the input {config.get('name')} has no shape")
-    return keras.layers.InputLayer(
+    made = keras.layers.InputLayer(
         batch_shape=shape,
         dtype=configs.dtype_name(config.get("dtype")),
         sparse=bool(config.get("sparse")),
         name=_name(config),
     )
+    _checked([made.output])
+    return made
 
 
 def _arguments(node):
