@@ -19,7 +19,7 @@ from pathlib import Path
 
 # A load that hangs is given up after this long. Its time is judged by the processor time that it
 # took, since other programs may run beside the tests.
-GIVE_UP_S = 20.0
+GIVE_UP_S = 60.0
 # What a load may reserve, most of which it never touches: XLA's threads alone take a gigabyte. The
 # memory that it has touched is measured, and judged by the tests.
 RESERVED_LIMIT = 4 << 30

@@ -205,6 +205,7 @@ HOSTILE = {
         cut_into(10**6, ("unstack", {"num": -(10**9)}), ("unstack", {"axis": 1})),
         ["-1000000000 tensors"],
     ),
+    "three thousand dimensions": (cut_into(4, ("tile", {"multiples": [1] * 3000})), ["dimensions"]),
     "models that call models": (tower(20), ["calls"]),
     "cells in cells": (cells_in_cells(24), ["deep"]),
     "a layer named 200,000 times": (layer_again, ["a name twice"]),
@@ -270,7 +271,7 @@ GREEDY_INPUTS = {
 # What converts: the table of a conversion takes apart what no file of Keras 2 has, and the steps of
 # a series that is unrolled are not, to compare.
 HARMLESS = {
-    "an unrolled series": gru(2417, unroll=True),
+    "an unrolled series": gru(300, unroll=True),
     "no cells": one_layer((4,), "ReLU", "r", cells=None),
     "no layers": one_layer((4,), "ReLU", "r", layers=None),
 }

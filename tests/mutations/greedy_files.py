@@ -204,10 +204,12 @@ def _graph_of(folder, rng, text):
 
 def _archive_of(folder, rng, text, config):
     """An archive whose config, members or version have a name."""
-    path = old_models.write_keras(folder / "greedy.keras", config, {})
+    path = old_models.write_keras(folder / "greedy.keras", CONFIG, {})
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
-    if config is CONFIG:
+    if config is not CONFIG:
+        members["config.json"] = json.dumps(config).encode()
+    else:
         members[rng.choice(["../", "", "a/"]) + _valid(text)[:15_000]] = b""
     if rng.random() < 0.3:
         members["metadata.json"] = json.dumps({"keras_version": f"2.1{text}"}).encode()
@@ -289,7 +291,7 @@ def no_regular_files(folder, rng):
     elif kind == "loop":
         path.symlink_to(path)
     elif kind == "long":
-        path = folder / ("a" * rng.choice([250, 256, 5000]) + ".h5")
+        path = folder / ("a" * rng.choice([250, 256, 1500]) + ".h5")
     elif kind == "escapes":
         path = folder / f"{_escaped(rng).replace(chr(0), '')}.h5".encode(errors="replace").decode()
         if rng.random() < 0.6:

@@ -3,6 +3,7 @@
 Every maker takes a folder and a random generator, and gives a path, a kind, and what to do with it.
 """
 
+import keras
 import numpy as np
 from old_models import input_layer, layer, sequential
 
@@ -80,6 +81,12 @@ def long_series(folder, rng):
         both = {f"{way}_{key}": each for way in ("f", "b") for key, each in weights.items()}
         data, weights = layer("Bidirectional", "r", layer={**data}), both
         data["config"]["layer"]["config"]["name"] = "inner"
+    if keras.config.backend() == "tensorflow":
+        # Which takes milliseconds for a step: between these lie the honest ones that take seconds.
+        steps = rng.choice([min(steps, 150), steps + 10_000])
+    if data["class_name"] == "TimeDistributed":
+        # For each of which JAX compiles a slice.
+        steps = rng.choice([min(steps, 50), steps + 10_000])
     start = input_layer("x", steps, 2)
     if stateful := data["class_name"] != "TimeDistributed" and rng.random() < 0.2:
         data["config"].get("layer", data)["config"]["stateful"] = True
@@ -160,8 +167,11 @@ def wide_windows(folder, rng):
     name = rng.choice([f"MaxPooling{rank}D", f"AveragePooling{rank}D", f"Conv{rank}D"])
     if name.startswith("Conv"):
         window = min(window, int(10_000 ** (1 / rank)))
-        # That of volumes takes XLA a hundred times as long for each of its multiplications.
-        name += rng.choice(["", "Transpose"]) if rank < 3 else ""
+        if rank == 3:
+            # XLA takes a hundred times as long for a multiplication in a volume as in an image.
+            side, window = min(side, 32), min(window, 5)
+        else:
+            name += rng.choice(["", "Transpose"])
         options |= {"filters": 1, "kernel_size": [window] * rank, "use_bias": False}
         ends = (1, channels) if "Transpose" in name else (channels, 1)
         weights = {"kernel": np.ones((*[window] * rank, *ends), "float32")}
@@ -169,6 +179,9 @@ def wide_windows(folder, rng):
             options |= {"dilation_rate": about(rng, 0, 30), "strides": 1}
     else:
         options["pool_size"] = window if rank == 1 else [window] * rank
+        if name.startswith("Average"):
+            # XLA takes long to fold what "same" divides by.
+            options["padding"] = "valid"
     config = sequential(input_layer("x", *[side] * rank, channels), layer(name, "p", **options))
     return made(folder, rng, config, f"{name} {side} by {window}", 0.9, {"p": weights})
 
