@@ -172,6 +172,7 @@ def wide_windows(folder, rng):
             side, window = min(side, 32), min(window, 5)
         else:
             name += rng.choice(["", "Transpose"])
+            window = min(window, int(1000 ** (1 / rank))) if "Transpose" in name else window
         options |= {"filters": 1, "kernel_size": [window] * rank, "use_bias": False}
         ends = (1, channels) if "Transpose" in name else (channels, 1)
         weights = {"kernel": np.ones((*[window] * rank, *ends), "float32")}

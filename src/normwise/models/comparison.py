@@ -19,7 +19,8 @@ Spend = Callable[[str, int], None]
 # U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
 OPEN_EXTENTS = (32, 64, 256, 8, 1)
 BATCHES = (2, 1)  # the second, where two samples are too large
-# How many steps of a scan one costs that Python repeats; multiplications, a comparison of a pool;
+# How many steps of a scan one costs that goes both ways, or that Python repeats; multiplications, a
+# comparison of a pool;
 # and elements, an output, of which there are two in the framework's memory and two in NumPy's.
 REPEATED, POOLED, COMPARED = 2, 16, 4
 PIECE = 1 << 20  # of outputs that are compared, in float64
@@ -136,7 +137,7 @@ def _count_work(model, inputs, spend: Spend) -> None:
         steps = 1
         if isinstance(layer, STEPPING):
             steps = given[0].shape[1] or 0
-            is_scan = not isinstance(layer, keras.layers.TimeDistributed)
+            is_scan = isinstance(layer, keras.layers.RNN)
             spend("steps", steps * (1 if is_scan else REPEATED))
         # An output takes at most an operation for each weight that its channel has, or of its pool.
         positions = sum(_size(each) // (each.shape[-1] or 1) for each in made if each.shape)

@@ -16,7 +16,7 @@ LIMITS = {
     # Tried on random input: a small model may well take a large image or a long series.
     "elements": (1 << 26, 64),
     "operations": (1 << 33, 1 << 12),
-    "steps": (1_500, 1 / 32),
+    "steps": (1_000, 1 / 32),
 }
 
 
