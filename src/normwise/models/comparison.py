@@ -19,9 +19,9 @@ Spend = Callable[[str, int], None]
 # U-Net may ask; a model that refuses it may want more pixels, or fewer steps.
 OPEN_EXTENTS = (32, 64, 256, 8, 1)
 BATCHES = (2, 1)  # the second, where two samples are too large
-# How many steps of a scan one costs that goes both ways, or that Python repeats; multiplications, a
-# comparison of a pool;
-# and elements, an output, of which there are two in the framework's memory and two in NumPy's.
+# How many steps of a scan one costs that goes both ways, or that Python repeats; how many
+# multiplications, a comparison of a pool; and how many elements, an output, of which there are two
+# in the framework's memory and two in NumPy's.
 REPEATED, POOLED, COMPARED = 2, 16, 4
 PIECE = 1 << 20  # of outputs that are compared, in float64
 STEPPING = (keras.layers.RNN, keras.layers.Bidirectional, keras.layers.TimeDistributed)
