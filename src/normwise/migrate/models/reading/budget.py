@@ -7,9 +7,9 @@ LIMITS = {
     "objects": (64, 1 / 32),
     "bytes of text": (1 << 16, 8),
     "bytes of arrays": (1 << 20, 20),
-    # Built: a call takes a millisecond or more, and no less than 32 bytes of a config.
+    # Built: a call takes a millisecond or more, and with its layer hundreds of bytes of a config.
     "layers": (1_000, 1 / 32),
-    "calls": (500, 1 / 32),
+    "calls": (500, 1 / 64),
     "tensors": (1_000, 1 / 8),
     "names of weights": (10_000, 1),
     "bytes of weights": (1 << 20, 20),
