@@ -145,10 +145,14 @@ def serve():
     # What libraries print is no answer.
     os.dup2(2, 1)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    import keras
+
     from normwise import migrate
 
-    # Python tries once whether it can write there.
-    tempfile.gettempdir()
+    # Python tries once whether it can write there, and Keras imports TensorFlow when it first
+    # saves: no file is to answer for that.
+    with tempfile.TemporaryDirectory() as folder:
+        keras.Sequential([keras.Input((1,))]).save(f"{folder}/first.keras")
     models = {}
     threading.Thread(target=_watch_children, daemon=True).start()
 
