@@ -197,8 +197,8 @@ def test_a_file_that_is_cut_after_it_was_read_is_a_model_all_the_same(tmp_path):
 def test_a_file_that_changes_while_it_is_read_is_refused(monkeypatch, h5):
     ask = reader._ask
 
-    def ask_and_change(path, function):
-        answer = ask(path, function)
+    def ask_and_change(path, *arguments):
+        answer = ask(path, *arguments)
         os.utime(path, (1, 1))
         return answer
 

@@ -14,7 +14,6 @@ import keras
 
 import normwise
 from normwise.migrate.models import loading
-from normwise.migrate.models.reading import formats
 from normwise.migrate.models.reading.budget import Budget
 from normwise.models import comparison
 from normwise.text import one_line
@@ -127,7 +126,7 @@ def prepared(
         written = Path(folder) / out.name
         again = _save_and_read_back(model, written, path, custom_objects, safe_mode)
         _compare_weights(model, again, path)
-        difference, tolerance = _compare_predictions(model, again, path, seed)
+        difference, tolerance = _compare_predictions(model, again, path, seed, saved.file_bytes)
         yield Conversion(
             path=path,
             out=out,
@@ -151,7 +150,11 @@ def _move(written: Path, out: Path, overwrite: bool) -> None:
             raise
         except OSError:  # a file system without hard links
             out.open("xb").close()
-            written.replace(out)
+            try:
+                written.replace(out)
+            except OSError:
+                out.unlink()
+                raise
     except FileExistsError:
         raise _refused(_exists(out)) from None
 
@@ -206,11 +209,12 @@ def _compare_weights(model, again, path) -> None:
             )
 
 
-def _compare_predictions(model, again, path, seed) -> tuple[float, float]:
+def _compare_predictions(model, again, path, seed, file_bytes) -> tuple[float, float]:
     """The largest difference between the models' outputs, and what it may be."""
-    size = formats.file_bytes(path)
     try:
-        difference, tolerance = comparison.compare(model, again, seed, lambda: Budget(size).spend)
+        difference, tolerance = comparison.compare(
+            model, again, seed, lambda: Budget(file_bytes).spend
+        )
     except ValueError as error:
         raise _refused(
             f"{path} was loaded, but {error}, so the file to write cannot be checked; use "

@@ -66,7 +66,7 @@ class Builder:
 
     def calls(self, layer) -> int:
         """How many calls one call of a layer comes to."""
-        return self._calls.get(layer, 1) if isinstance(layer, keras.Layer) else 1
+        return self._calls.get(layer, 1)
 
     def layer(self, data: dict) -> keras.Layer:
         """A layer, with all that is in it."""

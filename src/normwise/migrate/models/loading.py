@@ -11,7 +11,7 @@ import numpy as np
 
 from normwise import keras_private
 from normwise.migrate.models import configs, graphs, reader, training, weights
-from normwise.migrate.models.reading import checkpoints, formats
+from normwise.migrate.models.reading import checkpoints
 from normwise.migrate.models.reading.budget import Budget
 from normwise.migrate.models.stored import Saved
 from normwise.text import one_line
@@ -70,8 +70,8 @@ def load_model(
 def read_model(path, custom_objects=None, safe_mode=True) -> tuple[Saved, keras.Model]:
     """What a file holds, and the model that it makes; arguments and errors are `load_model`'s."""
     with _refusing(path) as path:
-        saved, budget = reader.read_model(path), Budget(formats.file_bytes(path))
-        return saved, _built(saved, budget, custom_objects, safe_mode)
+        saved = reader.read_model(path)
+        return saved, _built(saved, custom_objects, safe_mode)
 
 
 def load_weights(model: keras.Model, path: str | PathLike[str]) -> None:
@@ -100,8 +100,9 @@ def load_weights(model: keras.Model, path: str | PathLike[str]) -> None:
     FileNotFoundError: model.h5: there is no such file or folder; check the name
     """
     with _refusing(path) as path:
-        stored, budget = reader.read_weights(path).weights, Budget(formats.file_bytes(path))
-        for variable, array in weights.pair(model, stored, lambda each: each.layers, budget):
+        saved = reader.read_weights(path)
+        budget = Budget(saved.file_bytes)
+        for variable, array in weights.pair(model, saved.weights, lambda each: each.layers, budget):
             variable.assign(_tensor(array, variable.dtype))
         _finalize(model)
 
@@ -124,7 +125,8 @@ def _refusing(path):
         raise ValueError(one_line(f"{path} cannot be loaded: {error}")) from error
 
 
-def _built(saved: Saved, budget: Budget, custom_objects, safe_mode) -> keras.Model:
+def _built(saved: Saved, custom_objects, safe_mode) -> keras.Model:
+    budget = Budget(saved.file_bytes)
     translator = configs.Translator(custom_objects, safe_mode)
     builder = graphs.Builder(translator, budget)
     with translator.scope(), keras_private.nothing_allocated():

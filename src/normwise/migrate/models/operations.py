@@ -164,8 +164,6 @@ OPERATIONS = {
     "unstack": lambda value, num=None, axis=0: ops.unstack(value, num, axis),
     "where": lambda condition, x, y: ops.where(condition, x, y),
 }
-
-
 # What gives as many tensors as an extent says.
 _CUTS = (OPERATIONS["split"], OPERATIONS["unstack"])
 

@@ -10,6 +10,7 @@ processes) the file is read in place, and then only the budget of `reading` limi
 """
 
 import collections
+import contextlib
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,11 +55,12 @@ def damaged(kind: str, text: str) -> ValueError:
 
 def _saved(path: Path, function: str) -> Saved:
     before = _state(path)
-    answer = _ask(path, function)
+    file_bytes = sum(size for size, _ in before)
+    answer = _ask(path, function, file_bytes)
     plain, contents = getattr(formats, function)(path) if answer is None else answer
     holder = formats.parts(path)[-1]
     with holder.open("rb") if holder.exists() else io.BytesIO() as file:
-        arrays = _Arrays(file, contents, Budget(formats.file_bytes(path)))
+        arrays = _Arrays(file, contents, Budget(file_bytes))
         if "groups" in plain:
             weights = [
                 Group(name, [(each, arrays.array(described)) for each, described in held])
@@ -67,27 +70,28 @@ def _saved(path: Path, function: str) -> Saved:
             weights = _root(plain["tree"], arrays)
     if _state(path) != before:
         raise ValueError("it changed while it was read; load it again")
-    return Saved(weights, *(plain.get(each) for each in ("config", "training", "version")))
+    config, training, version = map(plain.get, ("config", "training", "version"))
+    return Saved(weights, config, training, version, file_bytes)
 
 
 def _state(path: Path) -> list[tuple[int, int]]:
+    """The size of each file of a path, and when it changed."""
     states = (each.stat() for each in formats.parts(path) if each.exists())
     return [(each.st_size, each.st_mtime_ns) for each in states]
 
 
-def _ask(path: Path, function: str) -> tuple[dict, list[bytearray]] | None:
+def _ask(path: Path, function: str, file_bytes: int) -> tuple[dict, list[bytearray]] | None:
     """What a process of its own reads; None where none can be started."""
     # A program that embeds Python is no Python to start, and would start itself.
     if "python" not in Path(sys.executable or "").name.lower() or hasattr(sys, "frozen"):
         return None
-    size = formats.file_bytes(path)
-    processor_s = PROCESSOR_S + size // BYTES_PER_PROCESSOR_S
+    processor_s = PROCESSOR_S + file_bytes // BYTES_PER_PROCESSOR_S
     task = {
         "search": [each for each in sys.path if each],
         "function": function,
         "path": str(path.resolve()),
         "processor_s": processor_s,
-        "memory_bytes": MEMORY_BYTES + int((LIMITS["bytes of arrays"][1] + 4) * size),
+        "memory_bytes": MEMORY_BYTES + int((LIMITS["bytes of arrays"][1] + 4) * file_bytes),
     }
     options = ["-I", "-S", *(["-B"] if sys.dont_write_bytecode else [])]
     try:
@@ -102,26 +106,30 @@ def _ask(path: Path, function: str) -> tuple[dict, list[bytearray]] | None:
         )
     except OSError:
         return None
-    clock_s = CLOCK_S + size / BYTES_PER_CLOCK_S
-    watch = threading.Timer(clock_s, process.kill)
-    watch.start()
-    try:
-        with process:
-            try:
-                if process.stdout.read(len(child.READY)) != child.READY:
-                    return None
-                plain, contents = _answer(process.stdout, size)
-            except EOFError:
-                process.wait()
-                raise ValueError(_end(process.returncode, processor_s, clock_s)) from None
-            finally:
-                process.kill()
-    finally:
-        watch.cancel()
+    clock_s = CLOCK_S + file_bytes / BYTES_PER_CLOCK_S
+    with process, _killed_after(clock_s, process):
+        if process.stdout.read(len(child.READY)) != child.READY:
+            return None
+        try:
+            plain, contents = _answer(process.stdout, file_bytes)
+        except EOFError:
+            raise ValueError(_end(process.wait(), processor_s, clock_s)) from None
     if "error" in plain:
         kind, text = plain["error"]
         raise ValueError(text) if kind == "ValueError" else damaged(kind, text)
     return plain, contents
+
+
+@contextlib.contextmanager
+def _killed_after(clock_s: float, process: subprocess.Popen) -> Iterator[None]:
+    """End a process at the end of the block, or after some time by the clock."""
+    watch = threading.Timer(clock_s, process.kill)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
+        process.kill()
 
 
 def _answer(pipe: BinaryIO, file_bytes: int) -> tuple[dict, list[bytearray]]:

@@ -38,9 +38,11 @@ class Saved:
         config: the model's config, as the file has it; None where it holds weights alone.
         training: what the model was compiled with, or None.
         version: of the Keras that wrote it.
+        file_bytes: the size of the file, or of the files of a folder together.
     """
 
     weights: list[Group] | Node
     config: dict | None
     training: dict | None
     version: str | None
+    file_bytes: int

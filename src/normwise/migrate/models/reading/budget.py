@@ -21,7 +21,7 @@ LIMITS = {
 
 
 class Budget:
-    """What is left of the limits for one file.
+    """What one file has asked for, and its limits.
 
     Args:
         file_bytes: the size of the file, or of the files of a folder together.
@@ -29,9 +29,10 @@ class Budget:
 
     def __init__(self, file_bytes: int):
         self._file_bytes = file_bytes
-        self._left = {
+        self._limits = {
             what: least + int(each * file_bytes) for what, (least, each) in LIMITS.items()
         }
+        self._spent = dict.fromkeys(LIMITS, 0)
 
     def spend(self, what: str, amount: int = 1) -> None:
         """Count something before it is made.
@@ -42,11 +43,10 @@ class Budget:
         """
         if not amount >= 0:
             raise ValueError(f"it asks for {amount} {what}; expected a count")
-        self._left[what] -= amount
-        if self._left[what] < 0:
-            least, each = LIMITS[what]
+        self._spent[what] += amount
+        if self._spent[what] > self._limits[what]:
             remedy = "; if it is yours, save it without compression" if "arrays" in what else ""
             raise ValueError(
-                f"it asks for more than {least + int(each * self._file_bytes):,} {what}, which is "
-                f"the most for a file of {self._file_bytes:,} bytes{remedy}"
+                f"it asks for more than {self._limits[what]:,} {what}, which is the most for a "
+                f"file of {self._file_bytes:,} bytes{remedy}"
             )

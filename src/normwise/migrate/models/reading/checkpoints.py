@@ -31,8 +31,6 @@ ITEM_BYTES = {
     name: 2 if name == "bfloat16" else np.dtype(name).itemsize for name in DTYPES.values()
 }
 STRING = 7
-
-
 # What Keras, for its own ends, hangs under every layer of a SavedModel, or a model has beside its
 # layers.
 BESIDE = ("keras_api", "optimizer", "save_counter", "signatures", "variables", "metrics")

@@ -82,7 +82,7 @@ def read_weights(path: Path) -> tuple[dict, Contents]:
                 "checkpoint, which is its path without .index; a whole model is for load_model"
             )
         with h5py.File(file, "r") as opened:
-            reader = hdf5.Reader(opened, 0, budget)
+            reader = hdf5.Reader(0, budget)
             if "layer_names" in opened.attrs or "layer_names0" in opened.attrs:
                 plain = {"groups": reader.groups(opened)}
             elif "model_weights" in opened:
@@ -141,7 +141,7 @@ def _read_h5(file: io.BufferedIOBase, budget: Budget) -> tuple[dict, Contents]:
                 "the file holds weights and no model; build the model, and use load_weights"
             )
         training = hdf5.text(opened, "training_config")
-        reader = hdf5.Reader(opened, 0, budget)
+        reader = hdf5.Reader(0, budget)
         plain = {
             "config": parse_json(config),
             "training": parse_json(training) if training else None,
@@ -168,7 +168,7 @@ def _read_keras(file: io.BufferedIOBase, budget: Budget) -> tuple[dict, Contents
             else _Part(file, begins_at, weights.file_size)
         )
         with h5py.File(stored, "r") as opened:
-            reader = hdf5.Reader(opened, begins_at, budget)
+            reader = hdf5.Reader(begins_at, budget)
             plain = {
                 "config": parsed,
                 "training": parsed.get("compile_config"),

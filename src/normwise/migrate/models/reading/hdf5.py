@@ -21,15 +21,14 @@ class Reader:
     """Reads one file.
 
     Args:
-        file: the file, open.
-        begins_at: where in the file on disk it begins; None if that has it compressed.
+        begins_at: where the HDF5 file begins in that on disk; None if that has it compressed.
         budget: of the file on disk.
 
     Attributes:
         contents: the bytes of the arrays that are not on the disk as they are in memory.
     """
 
-    def __init__(self, file: h5py.File, begins_at: int | None, budget: Budget):
+    def __init__(self, begins_at: int | None, budget: Budget):
         self.contents: list[bytes] = []
         self._begins_at = begins_at
         self._budget = budget
