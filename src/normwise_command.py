@@ -16,8 +16,6 @@ OTHER_BACKENDS = ("numpy", "openvino")  # of Keras, which do not train
 
 def main() -> None:
     """Choose a backend and run the command line."""
-    # What a terminal cannot show, of the names in others' files say, is written out.
-    sys.stdout.reconfigure(errors="backslashreplace")
     choose_backend()
     from normwise.cli import app
 

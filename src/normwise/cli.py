@@ -49,6 +49,8 @@ def normwise_command(
     ] = False,
 ) -> None:
     """Group, instance, layer and RMS normalization for Keras 3."""
+    # What a terminal cannot show, of the names in others' files say, is written out.
+    sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @app.command()
@@ -213,7 +215,7 @@ def migrate(
     if diff:
         typer.echo(b"".join(each.diff() for each in migrated if each.is_changed), nl=False)
         for where, old, advice in _left(migrated):
-            typer.echo(_shown(f"{where}: {old}: {advice}"), err=True)
+            typer.echo(printable(f"{where}: {old}: {advice}"), err=True)
     elif migrated:
         left = migrated
         if write:
@@ -223,7 +225,7 @@ def migrate(
             errors += unread
         _print_findings(migrated, left, is_written=write)
     for error in errors:
-        typer.echo(_shown(f"Error: {error}"), err=True)
+        _print_error(error)
     if errors:
         raise typer.Exit(EXIT_BAD_INPUT)
     if any(each.rewritten.remaining for each in migrated):
@@ -245,7 +247,7 @@ def _print_findings(migrated: list, left: list, *, is_written: bool) -> None:
             column.overflow = "fold"
         for row, style in rows:
             # As text, for Rich would read :100: as an emoji and [x] as a style.
-            table.add_row(*(Text(_shown(cell)) for cell in row), style=style)
+            table.add_row(*(Text(printable(cell)) for cell in row), style=style)
         Console().print(table)
     changed = sum(each.is_changed for each in migrated)
     if not moved and not remaining:
@@ -273,12 +275,6 @@ def _left(migrated: list) -> Iterator[tuple[str, str, str]]:
 
 def _with_note(text: str, note: str) -> str:
     return f"{text} ({note})" if note else text
-
-
-def _shown(text: str) -> str:
-    """Text that this terminal can show."""
-    encoding = sys.stdout.encoding or "ascii"
-    return printable(text).encode(encoding, "backslashreplace").decode(encoding)
 
 
 @app.command()
@@ -343,6 +339,10 @@ def _one_line_errors(*kinds: type[Exception]) -> Iterable[None]:
         _fail(str(error))
 
 
+def _print_error(message: str) -> None:
+    typer.echo(f"Error: {printable(message)}", err=True)
+
+
 def _fail(message: str) -> NoReturn:
-    typer.echo(f"Error: {one_line(message)}", err=True)
+    _print_error(one_line(message))
     raise typer.Exit(EXIT_BAD_INPUT)
