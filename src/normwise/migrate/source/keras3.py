@@ -31,20 +31,20 @@ def find_hints(scopes: Scopes, lines: Lines) -> list[Finding]:
         if len(meanings) != 1 or None in meanings or _refused(root := meanings.pop(), GONE):
             continue  # Unclear, or listed where it is imported.
         path = ".".join([root, *(each.attr for each in use.attributes)])
-        table = GONE if use.context.is_method else _REFUSED
-        if (found := _refused(path, table)) is not None:
+        refused = GONE if use.context.is_method else _REFUSED
+        if (found := _refused(path, refused)) is not None:
             hints.append(Finding(*lines.position(use.node), *found))
     return hints
 
 
-def _refused(path: str, table: dict[str, Successor]) -> tuple[str, str | None, str] | None:
+def _refused(path: str, known: dict[str, Successor]) -> tuple[str, str | None, str] | None:
     """A name of a table that a dotted one begins with, what replaces it, and how."""
     path = path.removeprefix("tensorflow.") if ".keras." in path else path
     parts = re.sub(r"^tensorflow\b", "tf", path).split(".")
     for count in range(2, len(parts) + 1):
         old = ".".join(parts[:count])
-        if old in table:
-            name, note = table[old]
+        if old in known:
+            name, note = known[old]
             if name in _MODULES and len(parts) > count:
                 return f"{old}.{parts[count]}", f"{name}.{parts[count]}", note
             return old, name, note

@@ -84,13 +84,13 @@ def rewrite_notebook(text: str) -> Rewritten:
         for cell in cells:
             cell.hidden = {n: REQUIREMENT.sub(NEW_PACKAGE, s) for n, s in cell.hidden.items()}
     for cell, part in reversed(list(zip(cells, new_parts, strict=True))):
-        parse(part)
         source = re.sub(
             rf"[ \t]*(?:pass  )?{re.escape(mark)}(\d+)",
             lambda found, cell=cell: cell.hidden[int(found[1])],
             part,
         )
         if source != cell.source:
+            parse(part)
             text = text[: cell.span.start] + _encoded(source, text, cell) + text[cell.span.stop :]
     return Rewritten(text, *map(in_order, (changes, remaining, hints)))
 

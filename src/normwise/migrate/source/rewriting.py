@@ -78,7 +78,8 @@ def rewrite_source(text: str) -> Rewritten:
     mark = "\ufeff" if text.startswith("\ufeff") else ""
     parse(text.removeprefix(mark))
     done = rewrite_cells(text.removeprefix(mark), cell_starts=(1,))
-    parse(done.text)
+    if done.changes:
+        parse(done.text)
     return dataclasses.replace(done, text=mark + done.text)
 
 
