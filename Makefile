@@ -56,7 +56,8 @@ lint: $(INSTALLED)
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h
 
 # The kernels for ten minutes, the property tests with 2,000 examples each, ever other ones, and the
-# codemod with 5,000 programs, and the loaders of old models with 2,000 damaged files.
+# codemod with 5,000 programs, and the loaders of old models with 2,000 damaged files and as many that
+# ask for more than they are.
 fuzz: $(INSTALLED) $(FUZZ)
 	build/plain/fuzz 300
 	build/sanitized/fuzz 300

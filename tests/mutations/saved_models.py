@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mutations import configs, raw
+from mutations import configs, raw, tables
 
 
 def mutate(folder: Path, rng) -> str:
@@ -31,30 +31,30 @@ def mutate(folder: Path, rng) -> str:
 def _mutate_metadata(content: bytes, rng) -> tuple[bytes, str]:
     """Change the JSON of one node of keras_metadata.pb, and the lengths around it."""
     nodes = list(_fields(content))
-    described = [i for i, (_, _, node) in enumerate(nodes) if len(node) > 20]
+    described = [i for i, (_, node) in enumerate(nodes) if len(node) > 20]
     # The first node is the model, whose config is what matters most.
     index = described[0] if rng.random() < 0.6 else rng.choice(described)
-    number, wire, node = nodes[index]
+    number, node = nodes[index]
     fields, kind = [], "none"
     for field in _fields(node):
         if field[0] == 5:
-            text, kind = configs.mutate(field[2], rng)
-            field = (*field[:2], text)
+            text, kind = configs.mutate(field[1], rng)
+            field = (5, text)
         fields.append(field)
-    nodes[index] = (number, wire, b"".join(map(_encoded, fields)))
-    return b"".join(map(_encoded, nodes)), kind
+    nodes[index] = (number, tables.message(*fields))
+    return tables.message(*nodes), kind
 
 
 def _fields(content: bytes):
-    """The fields of a protocol buffer: their number, their wire type, and what they hold."""
+    """The fields of a protocol buffer: their number, and what they hold, an int or bytes."""
     at = 0
     while at < len(content):
         key, at = _varint(content, at)
         number, at = _varint(content, at)
         if key & 7 == 0:
-            yield key >> 3, 0, number
+            yield key >> 3, number
         elif key & 7 == 2:
-            yield key >> 3, 2, content[at : at + number]
+            yield key >> 3, content[at : at + number]
             at += number
         else:
             raise ValueError(f"wire type {key & 7} is not in Keras's metadata")
@@ -67,17 +67,3 @@ def _varint(content, at):
         number, shift, at = number | (byte & 127) << shift, shift + 7, at + 1
         if byte < 128:
             return number, at
-
-
-def _encoded(field) -> bytes:
-    number, wire, value = field
-    start = _encoded_varint(number << 3 | wire)
-    return start + (_encoded_varint(value) if wire == 0 else _encoded_varint(len(value)) + value)
-
-
-def _encoded_varint(number: int) -> bytes:
-    encoded = bytearray()
-    while number > 127:
-        encoded.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*encoded, number])

@@ -13,6 +13,7 @@ TENSORS = {b"k": np.ones((4, 2), "float32"), b"b": np.zeros(2, "float32")}
 
 
 def varint(number: int) -> bytes:
+    """A number as protocol buffers write it, seven bits to a byte."""
     out = bytearray()
     while number > 127:
         out.append(number & 127 | 128)
