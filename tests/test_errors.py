@@ -258,14 +258,16 @@ def test_symbolic_mask_that_does_not_fit():
 @pytest.mark.parametrize("name", ["gamma", "beta"])
 @pytest.mark.parametrize("shape", [(1,), (31,), (4,), (1, 32), ()])
 def test_parameter_of_a_wrong_shape(name, shape):
-    text = f"{name} has shape {shape}, but axis [2] of shape (8, 4, 32) needs (32,)"
+    text = f"{name} has shape {shape}, but axis [2] of shape (8, 4, 32) needs (32,), or "
+    text += "(8, 32) for values of each sample's own"
     for op in OPS:
         with raises(ValueError, text):
             op(X, **{name: np.ones(shape, "float32")})
 
 
 def test_parameter_over_several_axes():
-    text = "gamma has shape (32, 4), but axis [1, 2] of shape (8, 4, 32) needs (4, 32)"
+    text = "gamma has shape (32, 4), but axis [1, 2] of shape (8, 4, 32) needs (4, 32), "
+    text += "or (8, 4, 32) for values of each sample's own"
     for op in AXES_OPS:
         with raises(ValueError, text):
             op(X, np.ones((32, 4), "float32"), axis=[2, 1])

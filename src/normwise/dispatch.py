@@ -24,12 +24,14 @@ class Choice:
         reason: in words.
         against: the kernels that were asked before, each with its reason against.
         run: the kernel itself, called with a Norm, x and Operands.
+        adds: whether it takes a residual.
     """
 
     kernel: str
     reason: str
     against: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
     run: Any = dataclasses.field(default=None, compare=False, repr=False)
+    adds: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         chosen = f"{self.kernel}: yes" + ("" if self.against else f", {self.reason}")
@@ -121,7 +123,8 @@ def choose(norm: Norm, x: Tensor | None = None) -> Choice:
 
 @functools.cache
 def _taken(kernel: Kernel) -> Choice:
-    return Choice(kernel.name, f"the {kernel.name} kernels can take it", run=kernel.run)
+    reason = f"the {kernel.name} kernels can take it"
+    return Choice(kernel.name, reason, run=kernel.run, adds=kernel.adds)
 
 
 def _chosen(kernel: Kernel, against: Sequence[tuple[Kernel, str]], x: Tensor | None) -> Choice:
@@ -129,7 +132,7 @@ def _chosen(kernel: Kernel, against: Sequence[tuple[Kernel, str]], x: Tensor | N
     since = _of_engines(against, x)
     reason = _taken(kernel).reason if kernel.engine else kernel.since.format(since)
     rejected = tuple((other.name, words) for other, words in against)
-    return Choice(kernel.name, reason, rejected, kernel.run)
+    return Choice(kernel.name, reason, rejected, kernel.run, kernel.adds)
 
 
 def _of_engines(against: Sequence[tuple[Kernel, str]], x: Tensor | None) -> str:

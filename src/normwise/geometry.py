@@ -152,6 +152,11 @@ class Geometry(KeepsHash):
         kept = shape[channels_end:] if self.keeps_after else (self.groups,)
         return (*shape[:outer_end], 2, *kept)
 
+    @property
+    def broadcast_statistics_shape(self) -> Shape:
+        """The shape of a number for each set that broadcasts against the input."""
+        return tuple(1 if a in self.set_axes else e for a, e in enumerate(self.shape))
+
     def batched(self) -> "Geometry":
         """The same sets in an input with one more axis in front, which tells sets apart too."""
         outer_end, before_end, channels_end = self.ends
@@ -166,11 +171,14 @@ class Geometry(KeepsHash):
     def broadcast_shape(self, extents: Iterable) -> tuple:
         """The shape under which gamma or beta, whose extents are given, broadcasts against x.
 
-        They are given, because those of x may be unknown where those of a parameter never are.
+        They are given, because those of x may be unknown where those of a parameter never are. With
+        one more than the parameters have, the first is that of the batch.
         """
-        given = iter(extents)
-        axes = range(len(self.shape))
-        return tuple(next(given) if axis in self.parameter_axes else 1 for axis in axes)
+        given = tuple(extents)
+        for_each = len(given) > len(self.parameter_axes)
+        spanned = (0, *self.parameter_axes) if for_each else self.parameter_axes
+        each = iter(given)
+        return tuple(next(each) if axis in spanned else 1 for axis in range(len(self.shape)))
 
     @property
     def set_size(self) -> int | None:

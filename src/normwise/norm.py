@@ -16,32 +16,38 @@ from normwise.activations import IDENTITY, Activation
 from normwise.geometry import Geometry, KeepsHash
 from normwise.typing import DType, Shape, Tensor
 
-# How gamma or beta lies: one for all samples, of `geometry.parameter_shape`.
+# How gamma or beta lies: one for all samples, of `geometry.parameter_shape`; one for each, of that
+# shape behind the batch; or one for each element, of a shape that broadcasts to that of x.
 SHARED = "shared"
+PER_SAMPLE = "per sample"
+PER_ELEMENT = "per element"
 
 
 class Operands(NamedTuple):
     """What comes with x: the tensors of a call, or in a Norm how each of them lies.
 
     Args:
-        gamma, beta: of `geometry.parameter_shape` and the dtype of the arithmetic; SHARED.
+        gamma, beta: of the dtype of the arithmetic; SHARED or, both of them, PER_SAMPLE.
         mask: bool, of the rank of x, broadcasts to it; True.
         learned_epsilon: of shape () or (1,); its absolute value is added to epsilon; True.
+        residual: of the shape and dtype of x; what is normalized is the sum of both; True.
     """
 
     gamma: Any = None
     beta: Any = None
     mask: Any = None
     learned_epsilon: Any = None
+    residual: Any = None
 
     def lie(self) -> "Operands":
-        """How the tensors lie, each None where there is none."""
-        gamma, beta, mask, learned_epsilon = self
+        """How the tensors lie, each None where there is none, if gamma and beta are SHARED."""
+        gamma, beta, mask, learned_epsilon, residual = self
         return Operands(
             None if gamma is None else SHARED,
             None if beta is None else SHARED,
             None if mask is None else True,
             None if learned_epsilon is None else True,
+            None if residual is None else True,
         )
 
 
@@ -98,6 +104,20 @@ class Norm(KeepsHash):
         """The same norm of another geometry."""
         return dataclasses.replace(self, geometry=geometry)
 
+    def with_operands(self, lie: Operands) -> "Norm":
+        """The same norm with operands that lie so."""
+        return self if lie == self.operands else _with_operands(self, lie)
+
+    @property
+    def per_sample(self) -> bool:
+        """Whether gamma and beta, where there are any, have values of their own for each sample."""
+        return PER_SAMPLE in self.operands[:2]
+
+
+@functools.lru_cache(maxsize=1024)
+def _with_operands(norm: Norm, lie: Operands) -> Norm:
+    return dataclasses.replace(norm, operands=lie)
+
 
 def check_epsilon(epsilon: Any) -> float:
     """Return `epsilon` as a float if it can be added to a variance."""
@@ -108,6 +128,16 @@ def check_epsilon(epsilon: Any) -> float:
     if not 0 <= float(epsilon) < math.inf:
         raise ValueError(f"epsilon={epsilon} cannot be added to a variance; {remedy}")
     return float(epsilon)
+
+
+def check_offset(gamma_offset: Any) -> float:
+    """Return `gamma_offset` as a float if it can be added to gamma."""
+    remedy = "expected a number, as in gamma_offset=1.0"
+    if isinstance(gamma_offset, bool) or not isinstance(gamma_offset, (float, numbers.Real)):
+        raise TypeError(f"gamma_offset={gamma_offset!r} is no number; {remedy}")
+    if not math.isfinite(gamma_offset):
+        raise ValueError(f"gamma_offset={gamma_offset} cannot be added to gamma; {remedy}")
+    return float(gamma_offset)
 
 
 @functools.cache
@@ -141,16 +171,15 @@ def check_mask(geometry: Geometry, mask: Tensor) -> None:
         )
 
 
-def check_shapes(geometry: Geometry, operands: Operands) -> None:
-    """Check that the tensors that come with the input of a geometry fit it."""
+def check_shapes(geometry: Geometry, operands: Operands) -> Operands:
+    """How the tensors lie that come with the input of a geometry, if they fit it."""
+    gamma, beta, mask, learned_epsilon, residual = operands
+    lie = operands.lie()
     expected = geometry.parameter_shape
-    gamma, beta, mask, learned_epsilon = operands
-    for name, parameter in (("gamma", gamma), ("beta", beta)):
-        if parameter is not None and not _fits(parameter.shape, expected):
-            raise ValueError(
-                f"{name} has shape {tuple(parameter.shape)}, but axis "
-                f"{list(geometry.parameter_axes)} of shape {geometry.shape} needs {expected}"
-            )
+    if gamma is not None and not _fits(gamma.shape, expected):
+        lie = lie._replace(gamma=_lies(geometry, "gamma", gamma.shape))
+    if beta is not None and not _fits(beta.shape, expected):
+        lie = lie._replace(beta=_lies(geometry, "beta", beta.shape))
     if mask is not None:
         check_mask(geometry, mask)
     if learned_epsilon is not None and tuple(learned_epsilon.shape) not in ((), (1,)):
@@ -158,6 +187,29 @@ def check_shapes(geometry: Geometry, operands: Operands) -> None:
             f"learned_epsilon has shape {tuple(learned_epsilon.shape)}, but it is one number for "
             "all channels; pass a tensor of shape () or (1,)"
         )
+    if residual is not None and not _fits(residual.shape, geometry.shape):
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)}, but it is added to x of shape "
+            f"{geometry.shape}; pass a tensor of that shape"
+        )
+    return lie
+
+
+def _lies(geometry: Geometry, name: str, shape: Shape) -> str:
+    """How a gamma or beta lies that is not of the parameters' shape."""
+    expected, full = geometry.parameter_shape, geometry.shape
+    for_each = (full[0], *expected)
+    if 0 not in geometry.parameter_axes and _fits(shape, for_each):
+        return PER_SAMPLE
+    broadcast = (
+        1 if isinstance(s, int) and s == 1 else e for s, e in zip(shape, full, strict=False)
+    )
+    if len(shape) == len(full) and _fits(shape, tuple(broadcast)):
+        return PER_ELEMENT
+    raise ValueError(
+        f"{name} has shape {tuple(shape)}, but axis {list(geometry.parameter_axes)} of shape "
+        f"{full} needs {expected}, or {for_each} for values of each sample's own"
+    )
 
 
 def _fits(shape: Shape, expected: Shape) -> bool:

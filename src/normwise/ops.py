@@ -2,18 +2,33 @@
 
 Each takes a backend tensor, a NumPy array or a Keras symbolic tensor `x` of rank 2 or more, and
 
-    gamma, beta   tensors that scale and shift the result, or None
-    epsilon       added to the variance, a number >= 0
-    activation    applied to the result: a name that `keras.activations.get` knows, or a callable
-    mask          bool, True = keep: of the shape of x, or of its first axes as Keras passes it, an
-                  extent of 1 standing for all. What is masked stays out of the statistics.
-    dtype         of the result; by default that of x, or `keras.config.floatx()` for integers
+    gamma, beta         tensors that scale and shift the result, or None. Each has the shape that
+                        the function names; that shape behind the batch, for values of each sample's
+                        own, as (batch, channels); or a shape that broadcasts to that of x, for
+                        values of each element's own
+    epsilon             added to the variance, a number >= 0
+    gamma_offset        added to gamma, where there is one, in the dtype of the arithmetic: with 1
+                        a gamma near 0 keeps all its digits
+    residual            a tensor of the shape of x, or None. x + residual, rounded to the dtype of x
+                        (of the result, for integers), is normalized in its place and returned too
+    activation          applied to the result: a name that `keras.activations.get` knows, or a
+                        callable
+    mask                bool, True = keep: of the shape of x, or of its first axes as Keras passes
+                        it, an extent of 1 standing for all. What is masked stays out of the
+                        statistics
+    return_statistics   whether to return, too, the mean of each set (0 where none is subtracted)
+                        and sqrt(var + epsilon), which its elements are divided by: of the dtype of
+                        the arithmetic, and of a shape that broadcasts against x
+    dtype               of the result; by default that of x, or `keras.config.floatx()` for integers
 
-and returns a tensor of the shape of x. The arithmetic is in float64 where x or dtype is float64,
-in float32 otherwise. Sets without variance give beta, empty inputs empty outputs; a NaN or an
-infinity stays in its set. See docs/numerics.md for the bounds.
+and returns a tensor y of the shape of x; with a residual (y, sum); with `return_statistics` the
+mean and the deviation at the end, as (y, mean, deviation). All are differentiable. The arithmetic
+is in float64 where x or dtype is float64, in float32 otherwise. Sets without variance give beta,
+empty inputs empty outputs; a NaN or an infinity stays in its set. See docs/numerics.md for the
+bounds.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Self
@@ -22,7 +37,19 @@ import keras
 
 from normwise import activations, dispatch, geometry, keras_private
 from normwise.geometry import Geometry
-from normwise.norm import Norm, Operands, check_dtype, check_epsilon, check_shapes, dtype_name
+from normwise.kernels import composite
+from normwise.norm import (
+    PER_ELEMENT,
+    PER_SAMPLE,
+    SHARED,
+    Norm,
+    Operands,
+    check_dtype,
+    check_epsilon,
+    check_offset,
+    check_shapes,
+    dtype_name,
+)
 from normwise.typing import Activation, Axis, DType, Shape, Tensor
 
 __all__ = ["filter_response_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -36,10 +63,13 @@ def group_norm(
     groups: int = 32,
     axis: Axis = -1,
     epsilon: float = 1e-3,
+    gamma_offset: float = 0.0,
+    residual: Tensor | None = None,
     activation: Activation = None,
     mask: Tensor | None = None,
+    return_statistics: bool = False,
     dtype: DType | None = None,
-) -> Tensor:
+) -> Any:
     """Group norm: normalize each sample over groups of its channels.
 
         y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
@@ -51,14 +81,15 @@ def group_norm(
         gamma, beta: tensors (channels,) or None.
         groups: the number of groups; must divide the channels. -1 makes a group of every channel.
         axis: the channel axis, any but the batch.
-        epsilon, activation, mask, dtype: see the module.
+        epsilon, gamma_offset, residual, activation, mask, return_statistics, dtype: see the module.
 
     Returns:
-        A tensor of the shape of x.
+        A tensor of the shape of x; with a residual or `return_statistics` a tuple that begins with
+        it, as the module says.
 
     Raises:
         ValueError: the groups do not divide the channels, the channels are unknown, the axis is
-            the batch or out of range, or the shape of gamma, beta or mask does not fit.
+            the batch or out of range, or the shape of gamma, beta, mask or residual does not fit.
         TypeError: x is complex, or axis is no int.
 
     Numerics: the error of y stays below a small multiple of eps * (1 + |mean| / std).
@@ -74,8 +105,17 @@ def group_norm(
     >>> y[0, :, :2].mean().round(3) == y[0, :, 2:].mean().round(3) == 0
     np.True_
     """
-    options = {"groups": groups, "axis": axis, "epsilon": epsilon, "activation": activation}
-    return _call(GroupNorm, x, gamma, beta, mask, **options, dtype=dtype)
+    tensors = (x, gamma, beta, mask, None, residual)
+    options = {
+        "groups": groups,
+        "axis": axis,
+        "epsilon": epsilon,
+        "gamma_offset": gamma_offset,
+        "activation": activation,
+        "return_statistics": return_statistics,
+        "dtype": dtype,
+    }
+    return _call(GroupNorm, *tensors, **options)
 
 
 def instance_norm(
@@ -85,10 +125,13 @@ def instance_norm(
     *,
     axis: Axis = -1,
     epsilon: float = 1e-3,
+    gamma_offset: float = 0.0,
+    residual: Tensor | None = None,
     activation: Activation = None,
     mask: Tensor | None = None,
+    return_statistics: bool = False,
     dtype: DType | None = None,
-) -> Tensor:
+) -> Any:
     """Instance norm: normalize each channel of each sample over its positions.
 
         y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
@@ -99,14 +142,15 @@ def instance_norm(
         x: tensor (batch, ..., channels, ...) of any real dtype.
         gamma, beta: tensors (channels,) or None.
         axis: the channel axis, any but the batch.
-        epsilon, activation, mask, dtype: see the module.
+        epsilon, gamma_offset, residual, activation, mask, return_statistics, dtype: see the module.
 
     Returns:
-        A tensor of the shape of x.
+        A tensor of the shape of x; with a residual or `return_statistics` a tuple that begins with
+        it, as the module says.
 
     Raises:
         ValueError: the channels are unknown, the axis is the batch or out of range, or the shape of
-            gamma, beta or mask does not fit.
+            gamma, beta, mask or residual does not fit.
         TypeError: x is complex, or axis is no int.
 
     Numerics: the error of y stays below a small multiple of eps * (1 + |mean| / std).
@@ -121,8 +165,16 @@ def instance_norm(
     >>> np.asarray(y).tolist()
     [[[-1.0, 0.0], [1.0, 0.0]]]
     """
-    options = {"axis": axis, "epsilon": epsilon, "activation": activation}
-    return _call(InstanceNorm, x, gamma, beta, mask, **options, dtype=dtype)
+    tensors = (x, gamma, beta, mask, None, residual)
+    options = {
+        "axis": axis,
+        "epsilon": epsilon,
+        "gamma_offset": gamma_offset,
+        "activation": activation,
+        "return_statistics": return_statistics,
+        "dtype": dtype,
+    }
+    return _call(InstanceNorm, *tensors, **options)
 
 
 def layer_norm(
@@ -132,10 +184,13 @@ def layer_norm(
     *,
     axis: Axis = -1,
     epsilon: float = 1e-3,
+    gamma_offset: float = 0.0,
+    residual: Tensor | None = None,
     activation: Activation = None,
     mask: Tensor | None = None,
+    return_statistics: bool = False,
     dtype: DType | None = None,
-) -> Tensor:
+) -> Any:
     """Layer norm: normalize over the axes named, every other position by itself.
 
         y = activation(gamma * (x - mean) / sqrt(var + epsilon) + beta)
@@ -147,14 +202,15 @@ def layer_norm(
         x: tensor of any real dtype.
         gamma, beta: tensors of the shape of x's normalized axes in ascending order, or None.
         axis: an int, or a list of axes in any order.
-        epsilon, activation, mask, dtype: see the module.
+        epsilon, gamma_offset, residual, activation, mask, return_statistics, dtype: see the module.
 
     Returns:
-        A tensor of the shape of x.
+        A tensor of the shape of x; with a residual or `return_statistics` a tuple that begins with
+        it, as the module says.
 
     Raises:
-        ValueError: an axis is out of range or named twice, or the shape of gamma, beta or mask does
-            not fit.
+        ValueError: an axis is out of range or named twice, or the shape of gamma, beta, mask or
+            residual does not fit.
         TypeError: x is complex, or axis is neither an int nor a list of ints.
 
     Numerics: the error of y stays below a small multiple of eps * (1 + |mean| / std).
@@ -168,8 +224,16 @@ def layer_norm(
     >>> np.asarray(ops.layer_norm(np.array([[1.0, 3.0], [6.0, 6.0]]), epsilon=0.0)).tolist()
     [[-1.0, 1.0], [0.0, 0.0]]
     """
-    options = {"axis": axis, "epsilon": epsilon, "activation": activation}
-    return _call(LayerNorm, x, gamma, beta, mask, **options, dtype=dtype)
+    tensors = (x, gamma, beta, mask, None, residual)
+    options = {
+        "axis": axis,
+        "epsilon": epsilon,
+        "gamma_offset": gamma_offset,
+        "activation": activation,
+        "return_statistics": return_statistics,
+        "dtype": dtype,
+    }
+    return _call(LayerNorm, *tensors, **options)
 
 
 def rms_norm(
@@ -179,10 +243,13 @@ def rms_norm(
     *,
     axis: Axis = -1,
     epsilon: float = 1e-6,
+    gamma_offset: float = 0.0,
+    residual: Tensor | None = None,
     activation: Activation = None,
     mask: Tensor | None = None,
+    return_statistics: bool = False,
     dtype: DType | None = None,
-) -> Tensor:
+) -> Any:
     """RMS norm: divide by the root mean square over the axes named; no mean is subtracted.
 
         y = activation(gamma * x / sqrt(mean(x^2) + epsilon) + beta)
@@ -191,14 +258,15 @@ def rms_norm(
         x: tensor of any real dtype.
         gamma, beta: tensors of the shape of x's normalized axes in ascending order, or None.
         axis: an int, or a list of axes in any order.
-        epsilon, activation, mask, dtype: see the module.
+        epsilon, gamma_offset, residual, activation, mask, return_statistics, dtype: see the module.
 
     Returns:
-        A tensor of the shape of x.
+        A tensor of the shape of x; with a residual or `return_statistics` a tuple that begins with
+        it, as the module says.
 
     Raises:
-        ValueError: an axis is out of range or named twice, or the shape of gamma, beta or mask does
-            not fit.
+        ValueError: an axis is out of range or named twice, or the shape of gamma, beta, mask or
+            residual does not fit.
         TypeError: x is complex, or axis is neither an int nor a list of ints.
 
     Numerics: the error of y stays below a small multiple of eps.
@@ -213,8 +281,16 @@ def rms_norm(
     >>> np.asarray(ops.rms_norm(np.array([[3.0, -3.0], [0.0, 0.0]]))).round(3).tolist()
     [[1.0, -1.0], [0.0, 0.0]]
     """
-    options = {"axis": axis, "epsilon": epsilon, "activation": activation}
-    return _call(RMSNorm, x, gamma, beta, mask, **options, dtype=dtype)
+    tensors = (x, gamma, beta, mask, None, residual)
+    options = {
+        "axis": axis,
+        "epsilon": epsilon,
+        "gamma_offset": gamma_offset,
+        "activation": activation,
+        "return_statistics": return_statistics,
+        "dtype": dtype,
+    }
+    return _call(RMSNorm, *tensors, **options)
 
 
 def filter_response_norm(
@@ -225,10 +301,13 @@ def filter_response_norm(
     axis: Axis = geometry.SPATIAL,
     epsilon: float = 1e-6,
     learned_epsilon: Tensor | None = None,
+    gamma_offset: float = 0.0,
+    residual: Tensor | None = None,
     activation: Activation = None,
     mask: Tensor | None = None,
+    return_statistics: bool = False,
     dtype: DType | None = None,
-) -> Tensor:
+) -> Any:
     """Filter response norm: divide each channel of each sample by its root mean square.
 
         y = activation(gamma * x / sqrt(mean(x^2) + epsilon + |learned_epsilon|) + beta)
@@ -243,15 +322,16 @@ def filter_response_norm(
         epsilon: as in the module.
         learned_epsilon: a tensor () or (1,) whose absolute value is added to epsilon, or None. y is
             differentiable in it; the native kernels do not take it.
-        activation, mask, dtype: see the module.
+        gamma_offset, residual, activation, mask, return_statistics, dtype: see the module.
 
     Returns:
-        A tensor of the shape of x.
+        A tensor of the shape of x; with a residual or `return_statistics` a tuple that begins with
+        it, as the module says.
 
     Raises:
         ValueError: the axes are not those of x but two, the batch is among them, one is out of
             range or named twice, the channels are unknown, or the shape of gamma, beta,
-            learned_epsilon or mask does not fit.
+            learned_epsilon, mask or residual does not fit.
         TypeError: x is complex, or axis is neither an int nor a list of ints.
 
     Numerics: the error of y stays below a small multiple of eps.
@@ -267,9 +347,16 @@ def filter_response_norm(
     >>> np.asarray(ops.filter_response_norm(x, axis=1)).round(3).tolist()
     [[[1.0, -1.0], [-1.0, -1.0]]]
     """
-    options = {"axis": axis, "epsilon": epsilon, "activation": activation}
-    tensors = (x, gamma, beta, mask, learned_epsilon)
-    return _call(FilterResponseNorm, *tensors, **options, dtype=dtype)
+    tensors = (x, gamma, beta, mask, learned_epsilon, residual)
+    options = {
+        "axis": axis,
+        "epsilon": epsilon,
+        "gamma_offset": gamma_offset,
+        "activation": activation,
+        "return_statistics": return_statistics,
+        "dtype": dtype,
+    }
+    return _call(FilterResponseNorm, *tensors, **options)
 
 
 def _call(operation: Any, x: Tensor, *operands: Tensor | None, **options: Any) -> Tensor:
@@ -293,14 +380,23 @@ class _Operation(keras.Operation):
             options["dtype"] = dtype_name(options["dtype"])
         self.options = options
 
-    def call(self, x: Tensor, *operands: Tensor | None) -> Tensor:
+    def call(self, x: Tensor, *operands: Tensor | None) -> Any:
         return self.compute(x, *operands, **self.options)
 
-    def compute_output_spec(self, x: Tensor, *operands: Tensor | None) -> keras.KerasTensor:
+    def compute_output_spec(self, x: Tensor, *operands: Tensor | None) -> Any:
         options = {**self.options, "activation": activations.IDENTITY}
+        returns_statistics = options.pop("return_statistics", False)
+        check_offset(options.pop("gamma_offset", 0.0))
         norm = self.norm(x, Operands(*operands), **options)
-        check_shapes(norm.geometry, Operands(*operands))
-        return keras.KerasTensor(x.shape, dtype=norm.y_dtype)
+        lie = check_shapes(norm.geometry, Operands(*operands))
+        results = [keras.KerasTensor(x.shape, dtype=norm.y_dtype)]
+        if lie.residual:
+            dtype = norm.x_dtype if "float" in norm.x_dtype else norm.y_dtype
+            results.append(keras.KerasTensor(x.shape, dtype=dtype))
+        if returns_statistics:
+            sets = norm.geometry.broadcast_statistics_shape
+            results += [keras.KerasTensor(sets, dtype=norm.arithmetic) for _ in range(2)]
+        return tuple(results) if len(results) > 1 else results[0]
 
     def get_config(self) -> dict[str, Any]:
         activation = keras.activations.serialize(self.options["activation"])
@@ -336,30 +432,56 @@ class _Operation(keras.Operation):
 
     @classmethod
     def compute(
-        cls, x: Tensor, *operands: Tensor | None, activation: Activation, **options: Any
-    ) -> Tensor:
+        cls,
+        x: Tensor,
+        *operands: Tensor | None,
+        activation: Activation,
+        gamma_offset: float = 0.0,
+        return_statistics: bool = False,
+        **options: Any,
+    ) -> Any:
         """Say what the call is, choose a kernel for it and run it."""
         if type(x).__name__ == "RaggedTensor":
-            return cls._compute_ragged(x, *operands, activation=activation, **options)
+            options |= {"activation": activation, "gamma_offset": gamma_offset}
+            return cls._compute_ragged(x, *operands, return_statistics or None, **options)
         x = keras.ops.convert_to_tensor(x, sparse=False)
         operands = Operands(*operands)
         function: Any = keras.activations.get(activation)
         fused = activations.find(function)
         norm = cls.norm(x, operands, activation=fused or activations.IDENTITY, **options)
         operands = _tensors(operands, norm.arithmetic)
-        check_shapes(norm.geometry, operands)
+        lie = check_shapes(norm.geometry, operands)
         if operands.mask is not None:
             operands = operands._replace(mask=_beside(x, operands.mask))
-        y = dispatch.choose(norm, x).run(norm, x, operands)
-        return function(y) if fused is None else y
+        if gamma_offset and operands.gamma is not None:
+            operands = operands._replace(gamma=operands.gamma + check_offset(gamma_offset))
+        if operands.residual is None and not return_statistics and lie == norm.operands:
+            y = dispatch.choose(norm, x).run(norm, x, operands)
+            return function(y) if fused is None else y
+        y, *others = _run(norm, x, operands, lie, return_statistics)
+        return (y if fused else function(y), *others) if others else y if fused else function(y)
+
+    @classmethod
+    def statistics(
+        cls, x: Tensor, mask: Tensor | None = None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What `return_statistics` adds to the result, of an x that nobody wants normalized."""
+        x = keras.ops.convert_to_tensor(x)
+        operands = Operands(mask=mask)
+        norm = cls.norm(x, operands, **options)
+        check_shapes(norm.geometry, operands)
+        if mask is not None:
+            operands = Operands(mask=_beside(x, keras.ops.convert_to_tensor(mask)))
+        return composite.mean_and_deviation(norm, x, operands)
 
     @classmethod
     def _compute_ragged(
         cls,
         x: Tensor,
-        *operands: Tensor | None,
+        *operands: Any,
         epsilon: float,
         activation: Activation,
+        gamma_offset: float,
         dtype: DType | None,
         **where: Any,
     ) -> Tensor:
@@ -369,12 +491,14 @@ class _Operation(keras.Operation):
         if min(set_axes) <= ragged or any(operand is not None for operand in operands[2:]):
             raise ValueError(
                 f"x of shape {tuple(x.shape)} is ragged up to axis {ragged}, and a norm over axis "
-                f"{list(set_axes)}, or one with a mask, needs sets of known size; normalize over "
-                f"axes past {ragged}, or pass x.to_tensor() with a mask"
+                f"{list(set_axes)}, or one with a mask, a residual or statistics to return, needs "
+                f"sets of known size; normalize over axes past {ragged}, or pass x.to_tensor() "
+                "with a mask"
             )
         options: dict[str, Any] = {"epsilon": epsilon, "activation": activation, "dtype": dtype}
+        options["gamma_offset"] = gamma_offset
         axis = [axis - ragged for axis in set_axes]
-        y = cls.compute(x.flat_values, *operands, axis=axis, **options)
+        y = cls.compute(x.flat_values, *operands[:2], axis=axis, **options)
         return x.with_flat_values(y)
 
 
@@ -460,14 +584,82 @@ def _norm_of(
     return Norm(sets, given, dtype, epsilon, operation.subtract_mean, activation, lie)
 
 
+def _run(norm: Norm, x: Tensor, operands: Operands, lie: Operands, statistics: bool) -> list[Any]:
+    """The result of a norm whose operands lie so, and what is returned with it."""
+    others = []
+    norm, operands = _for_each_sample(norm.with_operands(lie), x, operands)
+    if operands.residual is not None:
+        if "float" not in norm.x_dtype:
+            x = keras.ops.cast(x, norm.y_dtype)
+            norm = dataclasses.replace(norm, x_dtype=norm.y_dtype)
+        differs = dtype_name(operands.residual.dtype) != norm.x_dtype
+        if differs or PER_ELEMENT in norm.operands or not dispatch.choose(norm, x).adds:
+            # A sum of two dtypes is made in the wider one, and so is rounded once.
+            x = keras.ops.cast(keras.ops.add(x, operands.residual), norm.x_dtype)
+            others, operands = [x], operands._replace(residual=None)
+            norm = norm.with_operands(norm.operands._replace(residual=None))
+    if PER_ELEMENT in norm.operands:
+        y = _modulated(norm, x, operands)
+    else:
+        y = dispatch.choose(norm, x).run(norm, x, operands)
+        if operands.residual is not None:
+            y, x = y
+            others = [x]
+    if statistics:
+        others += composite.mean_and_deviation(norm, x, operands)
+    return [y, *others]
+
+
+def _for_each_sample(norm: Norm, x: Tensor, operands: Operands) -> tuple[Norm, Operands]:
+    """The norm and operands with a gamma and a beta for each sample where that says it all."""
+    for name in ("gamma", "beta"):
+        given = getattr(operands, name)
+        if getattr(norm.operands, name) == PER_ELEMENT and _is_alike(norm.geometry, given.shape):
+            alike = keras.ops.reshape(given, (-1, *norm.geometry.parameter_shape))
+            operands = operands._replace(**{name: alike})
+            norm = norm.with_operands(norm.operands._replace(**{name: PER_SAMPLE}))
+    lie = norm.operands
+    if PER_SAMPLE in lie and SHARED in lie:
+        name = "gamma" if lie.gamma == SHARED else "beta"
+        shared = getattr(operands, name)
+        shape = (keras.ops.shape(x)[0], *shared.shape)
+        operands = operands._replace(**{name: keras.ops.broadcast_to(shared, shape)})
+        norm = norm.with_operands(lie._replace(**{name: PER_SAMPLE}))
+    return norm, operands
+
+
+def _is_alike(geometry: Geometry, shape: Shape) -> bool:
+    """Whether what broadcasts to x has one value for all positions of a sample, but its own."""
+    return all(
+        extent == full if axis == 0 or axis in geometry.parameter_axes else extent == 1
+        for axis, (extent, full) in enumerate(zip(shape, geometry.shape, strict=True))
+    )
+
+
+def _modulated(norm: Norm, x: Tensor, operands: Operands) -> Tensor:
+    """The norm with a gamma or a beta for each element, which are applied to what kernels give."""
+    lie = norm.operands
+    bare = norm.with_operands(lie._replace(gamma=None, beta=None))
+    bare = dataclasses.replace(bare, y_dtype=norm.arithmetic, activation=activations.IDENTITY)
+    y = dispatch.choose(bare, x).run(bare, x, operands._replace(gamma=None, beta=None))
+    gamma, beta = (
+        each if each is None or how == PER_ELEMENT else composite.spread(each, norm.geometry)
+        for each, how in zip(operands[:2], lie, strict=False)
+    )
+    y = y if gamma is None else y * gamma
+    y = y if beta is None else y + beta
+    return keras.ops.cast(norm.activation(y), norm.y_dtype)
+
+
 def _tensors(operands: Operands, arithmetic: str) -> Operands:
-    """The operands as tensors: the mask of its own dtype, all else of that of the arithmetic."""
-    gamma, beta, mask, learned_epsilon = operands
+    """The operands as tensors: gamma, beta and learned epsilon of the dtype of the arithmetic."""
+    gamma, beta, mask, learned_epsilon, residual = operands
     return Operands(
         _parameter(gamma, arithmetic),
         _parameter(beta, arithmetic),
         mask if mask is None else keras.ops.convert_to_tensor(mask),
         _parameter(learned_epsilon, arithmetic),
+        residual if residual is None else keras.ops.convert_to_tensor(residual),
     )
 
 

@@ -50,10 +50,10 @@ def normalize(norm: Norm, x, operands: Operands, *, differentiable=True):
     ever grows with the mean: see docs/numerics.md. With a mask a set with no element left has mean
     0 and variance 1, and a NaN or an infinity that is masked is read as 0.
     """
-    geometry, (gamma, beta, mask, _) = norm.geometry, operands
+    geometry, (gamma, beta, mask, *_) = norm.geometry, operands
     per_channel = geometry.parameter_axes != geometry.set_axes
     if mask is not None:
-        deviation, variance = _masked_moments(x, mask, geometry, norm.subtract_mean)
+        _, deviation, variance = _masked_moments(x, mask, geometry, norm.subtract_mean)
     elif not norm.subtract_mean:
         deviation = x
         variance = total(ops.square(x), geometry) / set_size(x, geometry)
@@ -83,6 +83,33 @@ def statistics(norm: Norm, x):
     count = set_size(x, norm.geometry)
     _, mean, variance = moments(norm, x, lambda x: total(x, norm.geometry), count)
     return stack(norm, ops.shape(x), mean, inverse_root(norm, variance, NONE))
+
+
+def mean_and_deviation(norm: Norm, x, operands: Operands):
+    """The mean of each set, 0 where none is subtracted, and what its elements are divided by.
+
+    Returns:
+        Two tensors that broadcast against x, of the dtype of the arithmetic, differentiable.
+    """
+    geometry = norm.geometry
+    x = ops.cast(x, norm.arithmetic)
+    if operands.mask is not None:
+        mean, _, variance = _masked_moments(x, operands.mask, geometry, norm.subtract_mean)
+    else:
+        count = set_size(x, geometry)
+        # A sum over one element, or over none where x is empty.
+        first = ops.sum(_first(x, geometry), axis=geometry.set_axes, keepdims=True)
+        shift = ops.stop_gradient(first) if norm.subtract_mean else ops.zeros_like(first)
+        deviation = x - shift
+        mean = shift
+        if norm.subtract_mean:
+            rest = total(deviation, geometry) / count
+            mean, deviation = shift + rest, deviation - rest
+        variance = total(ops.square(deviation), geometry) / count
+    radicand = _radicand(norm, variance, operands)
+    # The root has no derivative at 0, and equal elements none to either side.
+    defined = radicand > 0
+    return mean, ops.where(defined, ops.sqrt(ops.where(defined, radicand, 1)), 0)
 
 
 def moments(norm: Norm, x, total, count):
@@ -154,24 +181,25 @@ def _normalize_channels(norm: Norm, x, operands: Operands):
 
 
 def _masked_moments(x, mask, geometry: Geometry, subtract_mean: bool):
-    """The deviation of all of `x`, and the variance of the elements that `mask` keeps."""
+    """The mean of what `mask` keeps, the deviation of all of `x` from it, and the variance."""
     keep = ops.broadcast_to(mask, ops.shape(x))
     # Else a masked NaN would reach every gradient of its set as 0 * NaN.
     x = ops.where(ops.logical_or(keep, ops.isfinite(x)), x, 0)
     count = total(ops.cast(keep, x.dtype), geometry)
     some = count > 0
     count = ops.maximum(count, 1)
-    deviation = x
+    mean, deviation = ops.zeros_like(count), x
     if subtract_mean:
         # The first element may be masked, so the shift is the mean: rounded as it is, and without
         # an element kept 0. The mean of what it leaves is subtracted too.
         mean = ops.stop_gradient(total(ops.where(keep, x, 0), geometry) / count)
         deviation = x - mean
-        deviation = deviation - total(ops.where(keep, deviation, 0), geometry) / count
+        rest = total(ops.where(keep, deviation, 0), geometry) / count
+        mean, deviation = mean + rest, deviation - rest
     # Masked before it is squared: a square that overflows would reach the gradient as 0 * inf.
     kept = ops.where(keep, deviation, 0)
     variance = total(ops.square(kept), geometry) / count
-    return deviation, ops.where(some, variance, 1)
+    return mean, deviation, ops.where(some, variance, 1)
 
 
 def spread(parameter, geometry: Geometry):
@@ -185,14 +213,17 @@ def inverse_root(norm: Norm, variance, operands: Operands):
     By a root and a quotient: XLA makes a reciprocal root of them, but finds a shorter derivative
     than that of `rsqrt`.
     """
-    epsilon = norm.epsilon
-    if operands.learned_epsilon is not None:
-        epsilon = epsilon + ops.abs(ops.reshape(operands.learned_epsilon, ()))
-    elif epsilon >= SMALLEST[norm.arithmetic]:
-        return 1 / ops.sqrt(variance + epsilon)
-    radicand = variance + epsilon
+    radicand = _radicand(norm, variance, operands)
+    if operands.learned_epsilon is None and norm.epsilon >= SMALLEST[norm.arithmetic]:
+        return 1 / ops.sqrt(radicand)
     defined = radicand != 0
     return ops.where(defined, ops.rsqrt(ops.where(defined, radicand, 1)), 0)
+
+
+def _radicand(norm: Norm, variance, operands: Operands):
+    if operands.learned_epsilon is None:
+        return variance + norm.epsilon
+    return variance + (norm.epsilon + ops.abs(ops.reshape(operands.learned_epsilon, ())))
 
 
 def total(x, geometry: Geometry):

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 
-from normwise.norm import SHARED, Norm
+from normwise.norm import Norm
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,6 +21,8 @@ class Kernel:
             against the engines.
         is_elsewhere: called with x, or None as `why_not`; whether this kernel is for other devices
             than that of x, which is no reason for another to be chosen.
+        adds: whether `run` takes a residual, and then returns the sum too. For one that does not
+            the sum is made before.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Kernel:
     engine: bool = True
     since: str = "{}"
     is_elsewhere: Callable = lambda x: False
+    adds: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,11 +65,11 @@ class Engine:
 
 def why_not_operands(norm: Norm, kernels: str) -> str | None:
     """Why kernels that take gamma and beta alone cannot calculate a norm, or None."""
-    gamma, beta, mask, learned_epsilon = norm.operands
+    _, _, mask, learned_epsilon, _ = norm.operands
     if mask:
         return f"the {kernels} kernels take no mask"
     if learned_epsilon:
         return f"the {kernels} kernels take no learned epsilon"
-    if gamma not in (None, SHARED) or beta not in (None, SHARED):
+    if norm.per_sample:
         return f"the {kernels} kernels take one gamma and one beta for all samples"
     return None

@@ -404,6 +404,8 @@ def _why_not_fused(norm: Norm, x) -> str | None:
     geometry, operands = norm.geometry, norm.operands
     if operands.mask or operands.learned_epsilon:
         return "torch's own norms take no mask and no learned epsilon"
+    if norm.per_sample:
+        return "torch's own norms take one gamma and one beta for all samples"
     if norm.epsilon < composite.SMALLEST[norm.arithmetic]:
         return "torch's own norms give NaN for equal elements at epsilon 0"
     if 0 in geometry.shape:
