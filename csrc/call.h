@@ -10,6 +10,7 @@ namespace normwise {
 // A norm whose input's extents are known: x is (outer, before, groups, members, after).
 struct Norm {
   int64_t outer, before, groups, members, after;
+  int64_t samples;   // that have a gamma and a beta of their own each; 1 where all share theirs
   bool keeps_after;  // only with before == groups == 1
   bool subtract_mean;
   int32_t dtype;
@@ -20,6 +21,11 @@ struct Norm {
   int64_t channels() const { return groups * members; }
   int64_t elements() const { return outer * before * channels() * after; }
   int64_t sets() const { return outer * (keeps_after ? after : groups); }
+  int64_t parameters() const { return samples * channels(); }
+  // Where the gammas of an outer begin.
+  int64_t parameter(int64_t of_outer) const {
+    return samples == 1 ? 0 : of_outer / (outer / samples) * channels();
+  }
 };
 
 // A forward pass where dy is null, a backward pass where it is not.
@@ -29,6 +35,9 @@ struct Call {
   void *y, *statistics;
   const void* dy;
   void *dx, *dgamma, *dbeta;
+  const void* residual;
+  void* sum;
+  const void* dsum;
   bool from_memory;  // more is read and written than the last cache holds
 };
 

@@ -77,7 +77,8 @@ struct Lines {
 Split split_columns(const Norm& norm, int64_t pieces) {
   const int64_t unit_elements = norm.before * norm.groups * norm.members;
   const int64_t fewest = std::max<int64_t>(1, kElementsPerThread / unit_elements);
-  return {norm.outer, pieces, unit_elements, std::max((norm.outer + 63) / 64, fewest)};
+  const int64_t units = norm.outer / norm.samples;
+  return {norm.samples, units, pieces, unit_elements, std::max((units + 63) / 64, fewest)};
 }
 
 // Calls f with the number of channels that a group has: as a constant where that is 1, as in
@@ -211,6 +212,9 @@ struct Forward {
     const T* x = tensors.x + unit * split.unit_elements;
     const bool subtract_mean = tensors.norm.subtract_mean;
     const int64_t end = shape.begin(piece) + shape.count(piece);
+    const int64_t start = unit * split.unit_elements;
+    tensors.add(start + shape.begin(piece) * shape.columns,
+                start + end * shape.columns + (shape.has_tail(piece) ? shape.tail : 0));
     for (int64_t first = 0; first < shape.columns;) {
       Window<T> window(shape, tensors.norm, first);
       double* means = scratch.means.data() + piece * tensors.norm.groups + window.group();
@@ -252,14 +256,16 @@ struct Forward {
     for (int64_t i = 0; i < groups; ++i) {
       statistics[groups + i] = A(inverse_root(squares[i] / count, norm.epsilon));
     }
+    const int64_t parameter = norm.parameter(unit);
     with_members(norm.members, [&](auto members) {
       for (int64_t group = 0; group < groups; ++group) {
         const A inv_std = statistics[groups + group];
         const A rest = A(double(statistics[group]) - means[group]);
         for (int64_t i = group * members; i < (group + 1) * members; ++i) {
           scratch.mean[size_t(i)] = statistics[group];
-          scratch.scale[size_t(i)] = inv_std * tensors.gamma_at(i);
-          scratch.shift[size_t(i)] = tensors.beta_at(i) + rest * scratch.scale[size_t(i)];
+          scratch.scale[size_t(i)] = inv_std * tensors.gamma_at(parameter + i);
+          scratch.shift[size_t(i)] =
+              tensors.beta_at(parameter + i) + rest * scratch.scale[size_t(i)];
         }
       }
     });
@@ -304,8 +310,7 @@ struct Backward {
       : tensors(call),
         shape(call.norm),
         split(split_columns(call.norm, shape.pieces())),
-        accumulators(split.chunks(), shape.channels,
-                     call.dgamma != nullptr || call.dbeta != nullptr) {}
+        accumulators(split, shape.channels, call) {}
 
   struct Scratch {
     // The sums of dz and of dz * (x - mean) of every channel, piece by piece.
@@ -330,12 +335,13 @@ struct Backward {
   void prepare(int64_t unit, Scratch& scratch) const {
     const int64_t groups = tensors.norm.groups, members = tensors.norm.members;
     const A* statistics = tensors.statistics + unit * 2 * groups;
+    const int64_t parameter = tensors.norm.parameter(unit);
     for (int64_t i = 0; i < shape.channels; ++i) {
       const size_t channel = size_t(i);
       scratch.mean[channel] = statistics[i / members];
       scratch.inv_std[channel] = statistics[groups + i / members];
-      scratch.gamma[channel] = tensors.gamma_at(i);
-      scratch.beta[channel] = tensors.beta_at(i);
+      scratch.gamma[channel] = tensors.gamma_at(parameter + i);
+      scratch.beta[channel] = tensors.beta_at(parameter + i);
     }
     for (auto* line : {&scratch.mean, &scratch.inv_std, &scratch.gamma, &scratch.beta}) {
       shape.spread(line->data(), shape.columns);
@@ -398,6 +404,7 @@ struct Backward {
     const Norm& norm = tensors.norm;
     const A* statistics = tensors.statistics + unit * 2 * norm.groups;
     const double size = double(norm.before * norm.members);
+    const int64_t parameter = norm.parameter(unit);
     for (int64_t group = 0; group < norm.groups; ++group) {
       const double inv_std = double(statistics[norm.groups + group]);
       double g_sum = 0, gx_sum = 0;  // of g = gamma * dz, and of g * xhat
@@ -413,14 +420,14 @@ struct Backward {
           accumulators.dgamma(chunk)[channel] += dzx;
           accumulators.dbeta(chunk)[channel] += dz;
         }
-        const double gamma = double(tensors.gamma_at(channel));
+        const double gamma = double(tensors.gamma_at(parameter + channel));
         g_sum += gamma * dz;
         gx_sum += gamma * dzx;
       }
       const A offset = norm.subtract_mean ? A(inv_std * g_sum / size) : A(0);
       for (int64_t i = begin; i < end; ++i) {
         const size_t channel = size_t(i);
-        scratch.factor[channel] = A(inv_std) * tensors.gamma_at(i);
+        scratch.factor[channel] = A(inv_std) * tensors.gamma_at(parameter + i);
         scratch.offset[channel] = offset;
         scratch.pull[channel] = A(inv_std * inv_std * gx_sum / size);
       }
@@ -433,7 +440,7 @@ struct Backward {
   void apply(int64_t unit, int64_t piece, const Scratch& scratch) const {
     const T* x = tensors.x + unit * split.unit_elements;
     const T* dy = tensors.dy + unit * split.unit_elements;
-    T* dx = tensors.dx + unit * split.unit_elements;
+    const Gradient<T> dx = tensors.dx;
     shape.for_strips_of(piece, [&](int64_t start, int64_t step, int64_t columns, auto count) {
       constexpr int K = count;
       for_packs<T>(0, columns, [&](int64_t column, auto... lanes) {
@@ -448,8 +455,8 @@ struct Backward {
           dz[k] = gradient(load(dy + at, lanes...), deviation[k], column, scratch);
         }
         for (int k = 0; k < K; ++k) {
-          store(dx + start + k * step + column, dz[k] * factor - (offset + deviation[k] * pull),
-                lanes...);
+          dx.put(unit * split.unit_elements + start + k * step + column,
+                 dz[k] * factor - (offset + deviation[k] * pull), lanes...);
         }
       });
     });

@@ -98,7 +98,8 @@ double epsilon_of(int dtype) {
 // An array of exactly as many elements as it is said to have.
 class Array {
  public:
-  Array(int dtype, int64_t size) : dtype(dtype), size(size), bytes(size_t(size * bytes_of(dtype))) {
+  Array(int dtype, int64_t size)
+      : dtype(dtype), size(size), bytes(size_t(size) * size_t(bytes_of(dtype))) {
     memory_ = std::malloc(bytes > 0 ? bytes : 1);
     std::memset(memory_, 0x7b, bytes);
   }
@@ -155,7 +156,7 @@ double activate(const Norm& norm, double z, double* derivative) {
 struct Case {
   Norm norm;
   int32_t threads;
-  bool has_gamma, has_beta;
+  bool has_gamma, has_beta, per_sample, has_residual, has_dsum;
   double mean, spread;
   uint64_t seed;
 
@@ -166,6 +167,9 @@ struct Case {
   }
   int64_t channels() const { return norm.channels(); }
   int64_t channel(int64_t i) const { return i / norm.after % channels(); }
+  int64_t parameter(int64_t i) const {
+    return i / (size() / norm.samples) * channels() + channel(i);
+  }
   int64_t set(int64_t i) const {
     const int64_t outer = i / (size() / norm.outer);
     return outer * kept() + (norm.keeps_after ? i % norm.after : channel(i) / norm.members);
@@ -173,35 +177,40 @@ struct Case {
 };
 
 struct Result {
-  Array y, statistics, dx, dgamma, dbeta;
+  Array y, statistics, sum, dx, dgamma, dbeta;
 
   explicit Result(const Case& c)
       : y(c.norm.dtype, c.size()),
         statistics(c.norm.dtype == NORMWISE_FLOAT64, c.norm.outer * 2 * c.kept()),
+        sum(c.norm.dtype, c.size()),
         dx(c.norm.dtype, c.size()),
-        dgamma(c.norm.dtype == NORMWISE_FLOAT64, c.channels()),
-        dbeta(c.norm.dtype == NORMWISE_FLOAT64, c.channels()) {}
+        dgamma(c.norm.dtype == NORMWISE_FLOAT64, c.norm.parameters()),
+        dbeta(c.norm.dtype == NORMWISE_FLOAT64, c.norm.parameters()) {}
 
   bool same(const Result& other) const {
-    return y.same(other.y) && statistics.same(other.statistics) && dx.same(other.dx) &&
-           dgamma.same(other.dgamma) && dbeta.same(other.dbeta);
+    return y.same(other.y) && statistics.same(other.statistics) && sum.same(other.sum) &&
+           dx.same(other.dx) && dgamma.same(other.dgamma) && dbeta.same(other.dbeta);
   }
 };
 
 struct Inputs {
-  Array x, dy, gamma, beta;
+  Array x, dy, gamma, beta, residual, dsum;
 
   explicit Inputs(const Case& c)
       : x(c.norm.dtype, c.size()),
         dy(c.norm.dtype, c.size()),
-        gamma(c.norm.dtype == NORMWISE_FLOAT64, c.channels()),
-        beta(c.norm.dtype == NORMWISE_FLOAT64, c.channels()) {
+        gamma(c.norm.dtype == NORMWISE_FLOAT64, c.norm.parameters()),
+        beta(c.norm.dtype == NORMWISE_FLOAT64, c.norm.parameters()),
+        residual(c.norm.dtype, c.size()),
+        dsum(c.norm.dtype, c.size()) {
     std::mt19937_64 random(c.seed);
     std::normal_distribution<double> normal;
     for (int64_t i = 0; i < c.size(); ++i) x.set(i, c.mean + c.spread * normal(random));
     for (int64_t i = 0; i < c.size(); ++i) dy.set(i, normal(random));
-    for (int64_t i = 0; i < c.channels(); ++i) gamma.set(i, normal(random));
-    for (int64_t i = 0; i < c.channels(); ++i) beta.set(i, normal(random));
+    for (int64_t i = 0; i < gamma.size; ++i) gamma.set(i, normal(random));
+    for (int64_t i = 0; i < beta.size; ++i) beta.set(i, normal(random));
+    for (int64_t i = 0; i < c.size(); ++i) residual.set(i, normal(random));
+    for (int64_t i = 0; i < c.size(); ++i) dsum.set(i, normal(random));
   }
 };
 
@@ -211,13 +220,15 @@ void calculate(const Case& c, Inputs& in, Result& out) {
   const Norm& n = c.norm;
   // Keeping after, a norm has no before, and not even axes of it.
   const bool kept = n.keeps_after;
-  const int64_t with_before[] = {n.outer, n.before, n.channels(), n.after};
-  const int64_t without_before[] = {n.outer, n.channels(), n.after};
+  const int64_t per_sample = n.outer / n.samples;
+  const int64_t with_before[] = {n.samples, per_sample, n.before, n.channels(), n.after};
+  const int64_t without_before[] = {n.samples, per_sample, n.channels(), n.after};
   NormwiseNorm norm = {};
   norm.size = sizeof norm;
-  norm.outer_end = 1;
-  norm.before_end = kept ? 1 : 2;
-  norm.channels_end = kept ? 2 : 3;
+  norm.outer_end = 2;
+  norm.before_end = kept ? 2 : 3;
+  norm.channels_end = kept ? 3 : 4;
+  norm.per_sample = c.per_sample;
   norm.keeps_after = kept;
   norm.groups = n.groups;
   norm.subtract_mean = n.subtract_mean;
@@ -227,7 +238,7 @@ void calculate(const Case& c, Inputs& in, Result& out) {
   NormwiseOperands operands = {};
   operands.size = sizeof operands;
   operands.extents = kept ? without_before : with_before;
-  operands.rank = kept ? 3 : 4;
+  operands.rank = kept ? 4 : 5;
   operands.dtype = n.dtype;
   operands.threads = c.threads;
   operands.x = in.x.data();
@@ -235,7 +246,11 @@ void calculate(const Case& c, Inputs& in, Result& out) {
   operands.beta = beta;
   operands.y = out.y.data();
   operands.statistics = out.statistics.data();
+  operands.residual = c.has_residual ? in.residual.data() : nullptr;
+  operands.sum = c.has_residual ? out.sum.data() : nullptr;
   const int32_t forward = normwise_forward(&norm, &operands);
+  if (c.has_residual) operands.x = out.sum.data();
+  operands.dsum = c.has_dsum ? in.dsum.data() : nullptr;
   operands.dy = in.dy.data();
   operands.dx = out.dx.data();
   operands.dgamma = out.dgamma.data();
@@ -253,12 +268,14 @@ void calculate(const Case& c, Inputs& in, Result& out) {
       "FAILED %s[%lld]: %.9g, expected %.9g +- %.3g\n"
       "  shape (%lld, %lld, %lld, %lld, %lld) keeps_after %d subtract_mean %d dtype %d activation "
       "%d\n"
-      "  epsilon %g slope %g threads %d gamma %d beta %d mean %g spread %g seed %llu on %s\n",
+      "  epsilon %g slope %g threads %d gamma %d beta %d samples %lld of their own %d residual %d "
+      "dsum %d mean %g spread %g seed %llu on %s\n",
       what, static_cast<long long>(index), got, expected, tolerance,
       static_cast<long long>(n.outer), static_cast<long long>(n.before),
       static_cast<long long>(n.groups), static_cast<long long>(n.members),
       static_cast<long long>(n.after), n.keeps_after, n.subtract_mean, n.dtype, n.activation,
-      n.epsilon, n.slope, c.threads, c.has_gamma, c.has_beta, c.mean, c.spread,
+      n.epsilon, n.slope, c.threads, c.has_gamma, c.has_beta, static_cast<long long>(n.samples),
+      c.per_sample, c.has_residual, c.has_dsum, c.mean, c.spread,
       static_cast<unsigned long long>(c.seed), normwise_instructions());
   std::exit(1);
 }
@@ -274,18 +291,25 @@ void check(const Case& c) {
   calculate(c, in, out);
 
   const Norm& norm = c.norm;
-  const int64_t sets = norm.outer * c.kept(), channels = c.channels();
+  const int64_t sets = norm.outer * c.kept(), parameters = norm.parameters();
   const double count = double(std::max<int64_t>(1, c.set_size()));
-  const auto gamma = [&](int64_t i) { return c.has_gamma ? in.gamma[c.channel(i)] : 1; };
-  const auto beta = [&](int64_t i) { return c.has_beta ? in.beta[c.channel(i)] : 0; };
+  const auto gamma = [&](int64_t i) { return c.has_gamma ? in.gamma[c.parameter(i)] : 1; };
+  const auto beta = [&](int64_t i) { return c.has_beta ? in.beta[c.parameter(i)] : 0; };
+
+  // The sum is rounded once, and is what is normalized then.
+  for (int64_t i = 0; c.has_residual && i < c.size(); ++i) {
+    const double sum = in.x[i] + in.residual[i], tiny = norm.dtype == NORMWISE_FLOAT16 ? 3e-8 : 0;
+    expect(c, "sum", i, out.sum[i], sum, 1.01 * epsilon_of(norm.dtype) * std::fabs(sum) + tiny);
+  }
+  const Array& x = c.has_residual ? out.sum : in.x;
 
   // Sums in extended precision: those of the kernels in float64 are to be judged by them.
   vector<long double> mean(size_t(sets), 0.0L), inv_std(size_t(sets), 0.0L);
   if (norm.subtract_mean) {
-    for (int64_t i = 0; i < c.size(); ++i) mean[size_t(c.set(i))] += (long double)(in.x[i]) / count;
+    for (int64_t i = 0; i < c.size(); ++i) mean[size_t(c.set(i))] += (long double)(x[i]) / count;
   }
   for (int64_t i = 0; i < c.size(); ++i) {
-    const long double d = in.x[i] - mean[size_t(c.set(i))];
+    const long double d = x[i] - mean[size_t(c.set(i))];
     inv_std[size_t(c.set(i))] += d * d / count;
   }
   for (long double& v : inv_std) v = v + norm.epsilon == 0 ? 0 : 1 / std::sqrt(v + norm.epsilon);
@@ -298,12 +322,12 @@ void check(const Case& c) {
   const double own_roundings = norm.dtype == NORMWISE_FLOAT64 ? 16 : 6;
   vector<long double> g_sum(size_t(sets), 0.0L), gx_sum(size_t(sets), 0.0L),
       doubt(size_t(sets), 0.0L);
-  vector<long double> dgamma(size_t(channels), 0.0L), dbeta(size_t(channels), 0.0L);
-  vector<long double> dgamma_doubt(size_t(channels), 0.0L), dbeta_doubt(size_t(channels), 0.0L);
+  vector<long double> dgamma(size_t(parameters), 0.0L), dbeta(size_t(parameters), 0.0L);
+  vector<long double> dgamma_doubt(size_t(parameters), 0.0L), dbeta_doubt(size_t(parameters), 0.0L);
   const double libm = norm.dtype == NORMWISE_FLOAT64 ? 1e-15 : 3e-7;
   for (int64_t i = 0; i < c.size(); ++i) {
-    const size_t s = size_t(c.set(i)), k = size_t(c.channel(i));
-    const double xhat = (in.x[i] - mean[s]) * inv_std[s], z = xhat * gamma(i) + beta(i);
+    const size_t s = size_t(c.set(i)), k = size_t(c.parameter(i));
+    const double xhat = (x[i] - mean[s]) * inv_std[s], z = xhat * gamma(i) + beta(i);
     const double error = eps * (own_roundings * (1 + std::fabs(xhat)) +
                                 mean_roundings * std::fabs(mean[s]) * inv_std[s]);
     const double z_error =
@@ -334,12 +358,13 @@ void check(const Case& c) {
   }
   for (int64_t i = 0; i < c.size(); ++i) {
     const size_t s = size_t(c.set(i));
-    const double xhat = (in.x[i] - mean[s]) * inv_std[s], z = xhat * gamma(i) + beta(i);
+    const double xhat = (x[i] - mean[s]) * inv_std[s], z = xhat * gamma(i) + beta(i);
     double slope;
     activate(norm, z, &slope);
     const double g = in.dy[i] * slope * gamma(i);
     const double pull = gx_sum[s] / count, offset = norm.subtract_mean ? g_sum[s] / count : 0;
-    const double dx = inv_std[s] * (g - offset - xhat * pull);
+    const double dsum = c.has_dsum ? in.dsum[i] : 0;
+    const double dx = inv_std[s] * (g - offset - xhat * pull) + dsum;
     const double error = eps * (own_roundings * (1 + std::fabs(xhat)) +
                                 mean_roundings * std::fabs(mean[s]) * inv_std[s]);
     const double z_error =
@@ -353,10 +378,11 @@ void check(const Case& c) {
     const double tolerance =
         inv_std[s] * (own + 2 * doubt[s] / count * (1 + std::fabs(xhat)) + error * std::fabs(pull) +
                       8 * eps * (std::fabs(g) + std::fabs(offset) + std::fabs(xhat * pull))) +
-        1.01 * eps_out * std::fabs(dx) + (norm.dtype == NORMWISE_FLOAT16 ? 6e-8 : 1e-37);
+        4 * eps * std::fabs(dsum) + 1.01 * eps_out * std::fabs(dx) +
+        (norm.dtype == NORMWISE_FLOAT16 ? 6e-8 : 1e-37);
     expect(c, "dx", i, out.dx[i], dx, tolerance);
   }
-  for (int64_t k = 0; k < channels; ++k) {
+  for (int64_t k = 0; k < parameters; ++k) {
     expect(c, "dgamma", k, out.dgamma[k], dgamma[size_t(k)], dgamma_doubt[size_t(k)] + 1e-37);
     expect(c, "dbeta", k, out.dbeta[k], dbeta[size_t(k)], dbeta_doubt[size_t(k)] + 1e-37);
   }
@@ -368,26 +394,33 @@ void check(const Case& c) {
   calculate(alone, in, serial);
   if (!serial.same(out)) fail(c, "one thread differs", 0, 0, 0, 0);
 
-  // Nor does the batch: the last sample by itself.
-  if (norm.outer > 1 && c.size() > 0) {
+  // Nor does the batch: the last outer by itself, or the last sample with what is its own.
+  const int64_t parts = c.per_sample ? norm.samples : norm.outer;
+  if (parts > 1 && c.size() > 0) {
     Case last = c;
-    last.norm.outer = 1;
-    const int64_t sample = c.size() / norm.outer;
+    last.norm.outer = norm.outer / parts;
+    last.norm.samples = 1;
     Inputs one(last);
-    std::memcpy(one.x.data(),
-                static_cast<char*>(in.x.data()) + (norm.outer - 1) * sample * bytes_of(norm.dtype),
-                one.x.bytes);
-    std::memcpy(one.dy.data(),
-                static_cast<char*>(in.dy.data()) + (norm.outer - 1) * sample * bytes_of(norm.dtype),
-                one.dy.bytes);
-    std::memcpy(one.gamma.data(), in.gamma.data(), in.gamma.bytes);
-    std::memcpy(one.beta.data(), in.beta.data(), in.beta.bytes);
+    const auto last_of = [](Array& all, const Array& part) {
+      return static_cast<char*>(all.data()) + all.bytes - part.bytes;
+    };
+    const auto take = [&](Array& all, Array& part) {
+      std::memcpy(part.data(), last_of(all, part), part.bytes);
+    };
+    take(in.x, one.x);
+    take(in.dy, one.dy);
+    take(in.gamma, one.gamma);
+    take(in.beta, one.beta);
+    take(in.residual, one.residual);
+    take(in.dsum, one.dsum);
     Result single(last);
     calculate(last, one, single);
-    const char *y = static_cast<char*>(out.y.data()), *dx = static_cast<char*>(out.dx.data());
-    const size_t offset = single.y.bytes * size_t(norm.outer - 1);
-    if (std::memcmp(y + offset, single.y.data(), single.y.bytes) != 0 ||
-        std::memcmp(dx + offset, single.dx.data(), single.dx.bytes) != 0) {
+    const auto differs = [&](Array& all, Array& part) {
+      return std::memcmp(last_of(all, part), part.data(), part.bytes) != 0;
+    };
+    if (differs(out.y, single.y) || differs(out.dx, single.dx) ||
+        (c.per_sample &&
+         (differs(out.dgamma, single.dgamma) || differs(out.dbeta, single.dbeta)))) {
       fail(c, "the batch matters", 0, 0, 0, 0);
     }
   }
@@ -413,13 +446,13 @@ void check(const Case& c) {
   }
 
   // Equal elements give beta, however large.
-  if (norm.subtract_mean && norm.activation == NORMWISE_IDENTITY &&
+  if (norm.subtract_mean && norm.activation == NORMWISE_IDENTITY && !c.has_residual &&
       norm.dtype == NORMWISE_FLOAT32) {
     for (int64_t i = 0; i < c.size(); ++i) in.x.set(i, 12345.678 + double(c.set(i)));
     Result flat(c);
     calculate(c, in, flat);
     for (int64_t i = 0; i < c.size(); ++i) {
-      if (flat.y[i] != (c.has_beta ? in.beta[c.channel(i)] : 0))
+      if (flat.y[i] != (c.has_beta ? in.beta[c.parameter(i)] : 0))
         fail(c, "equal elements", i, flat.y[i], 0, 0);
     }
   }
@@ -447,6 +480,7 @@ class Source {
     Case c = {};
     Norm& n = c.norm;
     n.outer = 1 + below(5);
+    n.samples = 1;
     n.before = n.groups = n.members = n.after = 1;
     switch (below(6)) {
       case 0:  // group norm, channels last
@@ -498,6 +532,13 @@ class Source {
     c.has_gamma = below(4) != 0;
     c.has_beta = below(4) != 0;
     const bool narrow = n.dtype == NORMWISE_FLOAT16 || n.dtype == NORMWISE_BFLOAT16;
+    c.per_sample = below(3) == 0;
+    if (c.per_sample) {
+      n.samples = n.outer;
+      n.outer *= extent(n.outer * n.before > 60 ? 2 : 9);
+    }
+    c.has_residual = below(3) == 0;
+    c.has_dsum = below(3) == 0;
     const double means[] = {0, 1, narrow ? 2.0 : -1e4};
     c.mean = means[below(3)];
     c.spread = below(4) == 0 ? 100 : 1;

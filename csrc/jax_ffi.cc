@@ -170,7 +170,7 @@ int64_t size(const Buffer& buffer) {
   return elements;
 }
 
-// gamma, beta and their gradients are absent where they have no elements.
+// gamma, beta, the residual and their gradients are absent where they have no elements.
 void* present(const Buffer& buffer) { return size(buffer) == 0 ? nullptr : buffer.data; }
 
 int32_t dtype_of(const Buffer& x) {
@@ -203,9 +203,13 @@ void require_like(const Buffer& buffer, const Buffer& x, const char* message) {
   require(buffer.dtype == x.dtype && size(buffer) == size(x), message);
 }
 
+void require_like_if_any(const Buffer& buffer, const Buffer& x, const char* message) {
+  if (size(buffer) > 0) require_like(buffer, x, message);
+}
+
 void require_parameter(const Buffer& buffer, const Buffer& x, const normwise::Norm& norm) {
   require(buffer.dtype == (x.dtype == kF64 ? kF64 : kF32) &&
-              (size(buffer) == 0 || size(buffer) == norm.channels()),
+              (size(buffer) == 0 || size(buffer) == norm.parameters()),
           "gamma, beta or its gradient has another dtype or size than the channels ask for");
 }
 
@@ -220,13 +224,15 @@ void finish(int32_t status) {
 }
 
 void forward(const Frame& frame) {
-  require(frame.arguments.count == 3 && frame.results.count == 2,
-          "forward takes (x, gamma, beta) and gives (y, statistics)");
+  require(frame.arguments.count == 4 && frame.results.count == 3,
+          "forward takes (x, gamma, beta, residual) and gives (y, statistics, sum)");
   const Buffer& x = item(frame.arguments, 0);
   const Buffer& gamma = item(frame.arguments, 1);
   const Buffer& beta = item(frame.arguments, 2);
+  const Buffer& residual = item(frame.arguments, 3);
   const Buffer& y = item(frame.results, 0);
   const Buffer& statistics = item(frame.results, 1);
+  const Buffer& sum = item(frame.results, 2);
 
   const NormwiseNorm described = norm_of(frame);
   Operands operands(x);
@@ -236,21 +242,26 @@ void forward(const Frame& frame) {
   require_parameter(beta, x, norm);
   require_like(y, x, "y has another dtype or size than x");
   require_statistics(statistics, x, norm);
+  require_like_if_any(residual, x, "the residual has another dtype or size than x");
+  require_like(sum, residual, "the sum has another dtype or size than the residual");
   operands.gamma = present(gamma);
   operands.beta = present(beta);
+  operands.residual = present(residual);
+  operands.sum = present(sum);
   operands.y = y.data;
   operands.statistics = statistics.data;
   finish(normwise_forward(&described, &operands));
 }
 
 void backward(const Frame& frame) {
-  require(frame.arguments.count == 5 && frame.results.count == 3,
-          "backward takes (x, gamma, beta, statistics, dy) and gives (dx, dgamma, dbeta)");
+  require(frame.arguments.count == 6 && frame.results.count == 3,
+          "backward takes (x, gamma, beta, statistics, dy, dsum) and gives (dx, dgamma, dbeta)");
   const Buffer& x = item(frame.arguments, 0);
   const Buffer& gamma = item(frame.arguments, 1);
   const Buffer& beta = item(frame.arguments, 2);
   const Buffer& statistics = item(frame.arguments, 3);
   const Buffer& dy = item(frame.arguments, 4);
+  const Buffer& dsum = item(frame.arguments, 5);
   const Buffer& dx = item(frame.results, 0);
   const Buffer& dgamma = item(frame.results, 1);
   const Buffer& dbeta = item(frame.results, 2);
@@ -264,11 +275,13 @@ void backward(const Frame& frame) {
   }
   require_like(dy, x, "dy has another dtype or size than x");
   require_like(dx, x, "dx has another dtype or size than x");
+  require_like_if_any(dsum, x, "dsum has another dtype or size than x");
   require_statistics(statistics, x, norm);
   operands.gamma = present(gamma);
   operands.beta = present(beta);
   operands.statistics = statistics.data;
   operands.dy = dy.data;
+  operands.dsum = present(dsum);
   operands.dx = dx.data;
   operands.dgamma = present(dgamma);
   operands.dbeta = present(dbeta);

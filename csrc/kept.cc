@@ -24,9 +24,10 @@ struct Tiles {
   }
 
   Split split(const Norm& norm) const {
-    const int64_t units = norm.outer * per_outer, unit_elements = members * width;
+    const int64_t units = norm.outer / norm.samples * per_outer, unit_elements = members * width;
     const int64_t fewest = kElementsPerThread / unit_elements;
-    return {units, 1, unit_elements, std::max({int64_t(1), (units + 63) / 64, fewest})};
+    return {norm.samples, units, 1, unit_elements,
+            std::max({int64_t(1), (units + 63) / 64, fewest})};
   }
   int64_t outer(int64_t unit) const { return unit / per_outer; }
   int64_t first(int64_t unit) const { return unit % per_outer * width; }
@@ -73,6 +74,10 @@ struct Forward {
   void gather(int64_t unit, int64_t, int64_t, Scratch& scratch) const {
     const T* x = tensors.x + tiles.offset(unit);
     const int64_t columns = tiles.columns(unit);
+    for (int64_t row = 0; row < tiles.members; ++row) {
+      const int64_t begin = tiles.offset(unit) + row * tiles.after;
+      tensors.add(begin, begin + columns);
+    }
     const auto sum_up = [&](int64_t row, int64_t rows) {
       for (auto* sums : {&scratch.sum, &scratch.square}) {
         std::fill(sums->begin(), sums->end(), A(0));
@@ -123,12 +128,13 @@ struct Forward {
   void apply(int64_t unit, int64_t, const Scratch& scratch) const {
     const T* x = tensors.x + tiles.offset(unit);
     T* y = tensors.y + tiles.offset(unit);
+    const int64_t parameter = tensors.norm.parameter(tiles.outer(unit));
     for_strips<kWrittenRows>(tiles.members, [&](int64_t row, int64_t step, auto count) {
       constexpr int K = count;
       A gamma[K], beta[K];
       for (int k = 0; k < K; ++k) {
-        gamma[k] = tensors.gamma_at(row + k * step);
-        beta[k] = tensors.beta_at(row + k * step);
+        gamma[k] = tensors.gamma_at(parameter + row + k * step);
+        beta[k] = tensors.beta_at(parameter + row + k * step);
       }
       for_packs<T>(0, tiles.columns(unit), [&](int64_t column, auto... lanes) {
         const Pack<T> mean = read<T>(scratch.mean.data() + column);
@@ -162,8 +168,7 @@ struct Backward {
       : tensors(call),
         tiles(call.norm),
         split(tiles.split(call.norm)),
-        accumulators(split.chunks(), tiles.members,
-                     call.dgamma != nullptr || call.dbeta != nullptr) {}
+        accumulators(split, tiles.members, call) {}
 
   // Of every column, in pack order.
   struct Scratch {
@@ -219,10 +224,11 @@ struct Backward {
                     Scratch& scratch) const {
     const T* x = tensors.x + tiles.offset(unit);
     const T* dy = tensors.dy + tiles.offset(unit);
+    const int64_t parameter = tensors.norm.parameter(tiles.outer(unit));
     A gamma[K], beta[K];
     for (int k = 0; k < K; ++k) {
-      gamma[k] = tensors.gamma_at(row + k * step);
-      beta[k] = tensors.beta_at(row + k * step);
+      gamma[k] = tensors.gamma_at(parameter + row + k * step);
+      beta[k] = tensors.beta_at(parameter + row + k * step);
     }
     Pack<T> row_dz[K] = {}, row_dzx[K] = {};
     for_packs<T>(0, tiles.columns(unit), [&](int64_t column, auto... lanes) {
@@ -263,13 +269,14 @@ struct Backward {
   void apply(int64_t unit, int64_t, const Scratch& scratch) const {
     const T* x = tensors.x + tiles.offset(unit);
     const T* dy = tensors.dy + tiles.offset(unit);
-    T* dx = tensors.dx + tiles.offset(unit);
+    const Gradient<T> dx = tensors.dx;
+    const int64_t parameter = tensors.norm.parameter(tiles.outer(unit));
     for_strips<kWrittenRows>(tiles.members, [&](int64_t row, int64_t step, auto count) {
       constexpr int K = count;
       A gamma[K], beta[K];
       for (int k = 0; k < K; ++k) {
-        gamma[k] = tensors.gamma_at(row + k * step);
-        beta[k] = tensors.beta_at(row + k * step);
+        gamma[k] = tensors.gamma_at(parameter + row + k * step);
+        beta[k] = tensors.beta_at(parameter + row + k * step);
       }
       for_packs<T>(0, tiles.columns(unit), [&](int64_t column, auto... lanes) {
         const Pack<T> mean = read<T>(scratch.mean.data() + column);
@@ -283,8 +290,8 @@ struct Backward {
           dz[k] = gradient(load(dy + at, lanes...), deviation[k] * inv_std, gamma[k], beta[k]);
         }
         for (int k = 0; k < K; ++k) {
-          store(dx + (row + k * step) * tiles.after + column,
-                dz[k] * (inv_std * gamma[k]) - (offset + deviation[k] * pull), lanes...);
+          dx.put(tiles.offset(unit) + (row + k * step) * tiles.after + column,
+                 dz[k] * (inv_std * gamma[k]) - (offset + deviation[k] * pull), lanes...);
         }
       });
     });

@@ -27,40 +27,63 @@
 
 namespace normwise::NORMWISE_ISA {
 
+// Where dx is written. The gradient of the sum, if there is one, comes to it there.
+template <class T>
+struct Gradient {
+  T* dx;
+  const T* dsum;
+
+  template <class... Lanes>
+  NORMWISE_INLINE void put(int64_t i, Pack<T> v, Lanes... lanes) const {
+    if (dsum != nullptr) v += load(dsum + i, lanes...);
+    store(dx + i, v, lanes...);
+  }
+};
+
 // A call's tensors with the types of one dtype: T in memory, A in the arithmetic.
 template <class T>
 struct Tensors {
   using A = ArithmeticOf<T>;
 
   const Norm& norm;
-  const T* x;
+  const T* x;  // what is normalized: with a residual the sum, which is there once it was added
   const A *gamma, *beta;
   T* y;
   A* statistics;
   const T* dy;
-  T* dx;
+  Gradient<T> dx;
   A *dgamma, *dbeta;
+  const T *input, *residual;
+  T* sum;
   A slope;
 
   explicit Tensors(const Call& call)
       : norm(call.norm),
-        x(static_cast<const T*>(call.x)),
+        x(static_cast<const T*>(call.residual == nullptr ? call.x : call.sum)),
         gamma(static_cast<const A*>(call.gamma)),
         beta(static_cast<const A*>(call.beta)),
         y(static_cast<T*>(call.y)),
         statistics(static_cast<A*>(call.statistics)),
         dy(static_cast<const T*>(call.dy)),
-        dx(static_cast<T*>(call.dx)),
+        dx{static_cast<T*>(call.dx), static_cast<const T*>(call.dsum)},
         dgamma(static_cast<A*>(call.dgamma)),
         dbeta(static_cast<A*>(call.dbeta)),
+        input(static_cast<const T*>(call.x)),
+        residual(static_cast<const T*>(call.residual)),
+        sum(static_cast<T*>(call.sum)),
         slope(A(call.norm.slope)) {}
 
-  A gamma_at(int64_t channel) const { return gamma == nullptr ? A(1) : gamma[channel]; }
-  A beta_at(int64_t channel) const { return beta == nullptr ? A(0) : beta[channel]; }
+  A gamma_at(int64_t parameter) const { return gamma == nullptr ? A(1) : gamma[parameter]; }
+  A beta_at(int64_t parameter) const { return beta == nullptr ? A(0) : beta[parameter]; }
+
+  // Writes what is normalized between two offsets, if it is a sum. Who gathers a piece does so
+  // first: rounded once, it is then read from the cache.
+  void add(int64_t begin, int64_t end) const;
 };
 
-// Copies of gamma and beta, 1 and 0 where there are none. Each group's begin with a pack and are in
-// pack order, so that loops over a group read them pack by pack.
+// Copies of gamma and beta, 1 and 0 where there are none. Each group's, of each sample where they
+// have their own, begin with a pack and are in pack order, so that loops over a group read them
+// pack by pack.
 template <class T>
 struct Parameters {
   using A = ArithmeticOf<T>;
@@ -112,6 +135,16 @@ NORMWISE_INLINE void for_packs(int64_t begin, int64_t end, const F& f) {
   if (whole < end) f(whole, int(end - whole));
 }
 
+template <class T>
+inline void Tensors<T>::add(int64_t begin, int64_t end) const {
+  if (residual == nullptr) return;
+  const T *first = input, *second = residual;
+  T* to = sum;
+  for_packs<T>(begin, end, [=](int64_t i, auto... lanes) {
+    store(to + i, load(first + i, lanes...) + load(second + i, lanes...), lanes...);
+  });
+}
+
 inline double inverse_root(double variance, double epsilon) {
   const double radicand = variance + epsilon;
   return radicand == 0 ? 0 : 1 / std::sqrt(radicand);  // equal elements at epsilon 0 give beta
@@ -157,11 +190,30 @@ constexpr int64_t enough_for_centre(int64_t block_elements) {
 // never from the number of threads, and so do the roundings: a piece's sums are added to its
 // unit's, and a chunk's to the gradients, in the order of their numbers, whichever thread took
 // them.
+//
+// A chunk's sums are those of one sample, where samples have gradients of their own. These follow
+// from what a sample has, so that they do not depend on the batch.
 struct Split {
-  int64_t units, pieces, unit_elements;
+  int64_t samples, units_per_sample, pieces, unit_elements;
   int64_t units_per_chunk;
 
-  int64_t chunks() const { return (units + units_per_chunk - 1) / units_per_chunk; }
+  int64_t units() const { return samples * units_per_sample; }
+  int64_t chunks_per_sample() const {
+    return (units_per_sample + units_per_chunk - 1) / units_per_chunk;
+  }
+  int64_t chunks() const { return samples * chunks_per_sample(); }
+  int64_t begin(int64_t chunk) const {
+    const int64_t sample = chunk / chunks_per_sample();
+    return sample * units_per_sample + chunk % chunks_per_sample() * units_per_chunk;
+  }
+  int64_t end(int64_t chunk) const {
+    const int64_t sample = chunk / chunks_per_sample();
+    return std::min((sample + 1) * units_per_sample, begin(chunk) + units_per_chunk);
+  }
+  int64_t chunk(int64_t unit) const {
+    return unit / units_per_sample * chunks_per_sample() +
+           unit % units_per_sample / units_per_chunk;
+  }
 };
 
 // With fewer elements to each, waking another thread costs more than it saves.
@@ -175,15 +227,16 @@ constexpr int64_t kElementsPerThread = 1 << 14;
 template <class Job>
 void run(const Job& job, int threads) {
   const Split& split = job.split;
-  threads = int(std::min<int64_t>(threads, split.units * split.unit_elements / kElementsPerThread));
+  threads =
+      int(std::min<int64_t>(threads, split.units() * split.unit_elements / kElementsPerThread));
   using Scratch = typename Job::Scratch;
 
   // With few chunks the threads share each unit. With many, each thread takes some, and a unit
   // stays in the cache of one core from its statistics to its result.
   if (threads > 1 && split.pieces > 1 && split.chunks() < 4 * threads) {
     Scratch scratch(job);
-    for (int64_t unit = 0; unit < split.units; ++unit) {
-      const int64_t chunk = unit / split.units_per_chunk;
+    for (int64_t unit = 0; unit < split.units(); ++unit) {
+      const int64_t chunk = split.chunk(unit);
       job.prepare(unit, scratch);
       parallel_for(threads, split.pieces,
                    [&](int64_t piece) { job.gather(unit, piece, chunk, scratch); });
@@ -194,8 +247,8 @@ void run(const Job& job, int threads) {
   }
   parallel_for(threads, split.chunks(), [&](int64_t chunk) {
     Scratch scratch(job);
-    const int64_t end = std::min(split.units, (chunk + 1) * split.units_per_chunk);
-    for (int64_t unit = chunk * split.units_per_chunk; unit < end; ++unit) {
+    const int64_t end = split.end(chunk);
+    for (int64_t unit = split.begin(chunk); unit < end; ++unit) {
       job.prepare(unit, scratch);
       for (int64_t piece = 0; piece < split.pieces; ++piece) {
         job.gather(unit, piece, chunk, scratch);
@@ -207,40 +260,48 @@ void run(const Job& job, int threads) {
 }
 
 // Each chunk's sums for dgamma, of dz * xhat, and for dbeta, of dz: `channels` of the one, then as
-// many of the other. dz is the gradient with respect to what the activation was given.
+// many of the other, those of its sample. dz is the gradient with respect to what the activation
+// was given.
 template <class S>
 class Accumulators {
  public:
-  Accumulators(int64_t chunks, int64_t channels, bool wanted)
-      : chunks_(wanted ? chunks : 0), channels_(channels), sums_(size_t(chunks_ * 2 * channels)) {}
+  Accumulators(const Split& split, int64_t channels, const Call& call)
+      : split_(split),
+        channels_(channels),
+        wanted_(call.dgamma != nullptr || call.dbeta != nullptr),
+        sums_(wanted_ ? size_t(split.chunks() * 2 * channels) : 0) {}
 
-  bool wanted() const { return chunks_ > 0; }
+  bool wanted() const { return wanted_; }
   S* dgamma(int64_t chunk) const { return sums_.data() + chunk * 2 * channels_; }
   S* dbeta(int64_t chunk) const { return dgamma(chunk) + channels_; }
 
-  // Writes the sums over all chunks, which are added in order, some columns to a task.
+  // Writes the sums over all chunks of a sample, which are added in order, some columns to a task.
   template <class A>
   void reduce(A* dgamma, A* dbeta, int threads) const {
     constexpr int64_t kColumns = 64;
-    const int64_t columns = 2 * channels_;
-    if (columns * chunks_ < kElementsPerThread) threads = 1;
-    parallel_for(threads, (columns + kColumns - 1) / kColumns, [&](int64_t task) {
-      const int64_t begin = task * kColumns, end = std::min(columns, begin + kColumns);
+    const int64_t columns = 2 * channels_, chunks = split_.chunks_per_sample();
+    const int64_t tasks = (columns + kColumns - 1) / kColumns;  // of a sample
+    if (columns * split_.chunks() < kElementsPerThread) threads = 1;
+    parallel_for(threads, split_.samples * tasks, [&](int64_t task) {
+      const int64_t sample = task / tasks;
+      const int64_t begin = task % tasks * kColumns, end = std::min(columns, begin + kColumns);
       double totals[kColumns] = {};
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      for (int64_t chunk = sample * chunks; chunk < (sample + 1) * chunks; ++chunk) {
         const S* sums = sums_.data() + chunk * columns;
         for (int64_t column = begin; column < end; ++column) totals[column - begin] += sums[column];
       }
       for (int64_t column = begin; column < end; ++column) {
         A* to = column < channels_ ? dgamma : dbeta;
         const int64_t channel = column < channels_ ? column : column - channels_;
-        if (to != nullptr) to[channel] = A(totals[column - begin]);
+        if (to != nullptr) to[sample * channels_ + channel] = A(totals[column - begin]);
       }
     });
   }
 
  private:
-  int64_t chunks_, channels_;
+  Split split_;
+  int64_t channels_;
+  bool wanted_;
   mutable std::vector<S> sums_;
 };
 

@@ -112,13 +112,14 @@ void run(Call call, bool backward, int32_t most_threads) {
   const Norm& norm = call.norm;
   const int64_t bytes = norm.elements() * bytes_of(norm.dtype);
   advise_huge_pages(backward ? call.dx : call.y, bytes);
+  if (call.sum != nullptr) advise_huge_pages(call.sum, bytes);
   call.from_memory = bytes * (backward ? 3 : 2) > kLastCacheBytes;
   if (bytes == 0) {
     // Nothing to normalize, and no gradient to sum: the kernels may take every extent to be
     // positive.
     if (!backward) fill_zeros(call.statistics, 2 * norm.sets(), norm);
-    fill_zeros(call.dgamma, norm.channels(), norm);
-    fill_zeros(call.dbeta, norm.channels(), norm);
+    fill_zeros(call.dgamma, norm.parameters(), norm);
+    fill_zeros(call.dbeta, norm.parameters(), norm);
     return;
   }
   int threads = thread_limit();
@@ -166,11 +167,19 @@ int32_t enter(const NormwiseNorm* norm, const NormwiseOperands* given, bool back
                                            "the operands are of another version of normwise");
     const Norm known = resolve(checked(norm, sizeof *norm), o.dtype, o.rank, o.extents);
     const bool whole = o.x != nullptr && o.statistics != nullptr &&
-                       (backward ? o.dy != nullptr && o.dx != nullptr : o.y != nullptr);
+                       (backward ? o.dy != nullptr && o.dx != nullptr
+                                 : o.y != nullptr && (o.sum != nullptr) == (o.residual != nullptr));
     require(whole || known.elements() == 0, "an operand that must be there is null");
-    const void* dy = backward ? o.dy : nullptr;
-    run({known, o.x, o.gamma, o.beta, o.y, o.statistics, dy, o.dx, o.dgamma, o.dbeta, false},
-        backward, o.threads);
+    Call call{known, o.x,      o.gamma, o.beta,  o.y,     o.statistics, nullptr,
+              o.dx,  o.dgamma, o.dbeta, nullptr, nullptr, nullptr,      false};
+    if (backward) {
+      call.dy = o.dy;
+      call.dsum = o.dsum;
+    } else {
+      call.residual = o.residual;
+      call.sum = o.sum;
+    }
+    run(call, backward, o.threads);
     return NORMWISE_OK;
   } catch (const std::invalid_argument& invalid) {
     return fail(NORMWISE_INVALID, invalid.what());
@@ -186,6 +195,7 @@ NormwiseNorm checked(const void* norm, size_t bytes) {
   require(0 <= n.outer_end && n.outer_end <= n.before_end && n.before_end < n.channels_end,
           "the axes must fulfil 0 <= outer_end <= before_end < channels_end");
   require(n.groups >= 0, "groups must be at least 1");
+  require(n.per_sample == 0 || n.outer_end > 0, "per_sample needs axis 0 to belong to outer");
   require(!n.keeps_after || (n.outer_end == n.before_end && n.groups == 1),
           "keeps_after needs outer_end == before_end and groups == 1");
   require(n.epsilon >= 0 && std::isfinite(n.epsilon),
@@ -212,6 +222,7 @@ Norm resolve(const NormwiseNorm& norm, int32_t dtype, int32_t rank, const int64_
           norm.groups,
           channels == 0 ? 0 : channels / norm.groups,
           product(norm.channels_end, rank),
+          norm.per_sample != 0 ? extents[0] : 1,
           norm.keeps_after != 0,
           norm.subtract_mean != 0,
           dtype,

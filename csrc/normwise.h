@@ -51,14 +51,20 @@ typedef struct {
   int32_t activation;  // enum NormwiseActivation
   double epsilon;      // added to the variance
   double slope;        // of leaky_relu at negative numbers
+  int32_t per_sample;  // gamma and beta have values of their own for each index of axis 0
+  int32_t reserved;
 } NormwiseNorm;
 
 // The tensors of a call, each contiguous. gamma, beta and their gradients have an element for each
-// channel, and each may be null. The statistics have the shape (outer, 2, groups) or (outer, 2,
-// after): the means, 0 where none is subtracted, and then 1 / sqrt(variance + epsilon), 0 where
-// that has no value.
+// channel, or for each of each sample, and each may be null. The statistics have the shape (outer,
+// 2, groups) or (outer, 2, after): the means, 0 where none is subtracted, and then 1 /
+// sqrt(variance + epsilon), 0 where that has no value.
 //
-// x, y and their gradients have `dtype`; all else is float64 where that is, and float32 otherwise.
+// With a residual, which may be null, x + residual is normalized: the forward pass writes it to
+// sum, and the backward pass is given it for x. dsum, which may be null, is added to dx there.
+//
+// x, y, residual, sum and their gradients have `dtype`; all else is float64 where that is, and
+// float32 otherwise.
 typedef struct {
   uint64_t size;
   const int64_t* extents;  // of x, `rank` of them
@@ -70,14 +76,17 @@ typedef struct {
   void *y, *statistics;
   const void* dy;
   void *dx, *dgamma, *dbeta;
+  const void* residual;
+  void* sum;
+  const void* dsum;
 } NormwiseOperands;
 
 // y = activation(gamma * (x - mean) * inv_std + beta), and the statistics. Returns an enum
 // NormwiseStatus; what is to be written is undefined unless that is NORMWISE_OK.
 NORMWISE_API int32_t normwise_forward(const NormwiseNorm* norm, const NormwiseOperands* operands);
 
-// The gradients of sum(y * dy), given the statistics that the forward pass wrote. dgamma and dbeta
-// are written whole.
+// The gradients of sum(y * dy), and of sum(sum * dsum), given the statistics that the forward pass
+// wrote. dgamma and dbeta are written whole.
 NORMWISE_API int32_t normwise_backward(const NormwiseNorm* norm, const NormwiseOperands* operands);
 
 // Why the last call that failed in this thread did.

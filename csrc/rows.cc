@@ -25,15 +25,19 @@ template <class T>
 struct Batches {
   using A = ArithmeticOf<T>;
 
-  int64_t outer, groups, members;
-  int64_t rows;       // of a batch; the last of a group may have fewer
-  int64_t per_group;  // batches
+  int64_t samples, outer, groups, members;  // outer is that of a sample
+  int64_t rows;                             // of a batch; the last of a group may have fewer
+  int64_t per_group;                        // batches
   int64_t units_per_chunk;
 
   explicit Batches(const Call& call)
-      : outer(call.norm.outer), groups(call.norm.groups), members(call.norm.members) {
+      : samples(call.norm.samples),
+        outer(call.norm.outer / samples),
+        groups(call.norm.groups),
+        members(call.norm.members) {
     const int64_t row_bytes = members * int64_t(sizeof(T));
-    rows = call.from_memory && row_bytes < kPageBytes
+    // Not so where samples have sums of their own, which would be other ones in a larger batch.
+    rows = samples == 1 && call.from_memory && row_bytes < kPageBytes
                ? kStreamedBytes[call.dy != nullptr] / row_bytes
                : std::max<int64_t>(kRowsTogether<T>, kBatchElements / members);
     rows = std::clamp<int64_t>(rows, 1, kLanes<A>);
@@ -44,22 +48,25 @@ struct Batches {
     units_per_chunk = std::min(std::max((per_group * groups + 63) / 64, fewest), 2048 / rows);
   }
 
-  Split split() const { return {groups * per_group, 1, rows * members, units_per_chunk}; }
+  Split split() const { return {samples, groups * per_group, 1, rows * members, units_per_chunk}; }
 
   // From one row of a unit to the next, in x and in the statistics.
   int64_t stride() const { return groups * members; }
   int64_t statistics_stride() const { return groups * 2; }
 
   // Of one unit: how many rows it has, and where these begin in x, the gammas of their group in
-  // Parameters, and their means in the statistics.
+  // Parameters and in the sums of their sample, and their means in the statistics.
   struct Place {
-    int64_t rows, offset, parameters, statistics;
+    int64_t rows, offset, parameters, sums, statistics;
   };
   Place place(int64_t unit) const {
-    const int64_t group = groups == 1 ? 0 : unit / per_group;
-    const int64_t first = (unit - group * per_group) * rows;
-    return {std::min(rows, outer - first), (first * groups + group) * members,
-            group * padded<T>(members), first * 2 * groups + group};
+    const int64_t of_all = samples * groups == 1 ? 0 : unit / per_group;  // groups of all samples
+    const int64_t sample = samples == 1 ? 0 : of_all / groups;
+    const int64_t group = of_all - sample * groups;
+    const int64_t first = (unit - of_all * per_group) * rows;
+    const int64_t row = sample * outer + first;
+    return {std::min(rows, outer - first), (row * groups + group) * members,
+            of_all * padded<T>(members), group * padded<T>(members), row * 2 * groups + group};
   }
 };
 
@@ -89,7 +96,7 @@ struct Forward {
       : tensors(call),
         batches(call),
         split(batches.split()),
-        parameters(tensors, batches.groups, batches.members) {}
+        parameters(tensors, batches.samples * batches.groups, batches.members) {}
 
   struct Scratch {
     typename Batches<T>::Place place;
@@ -170,6 +177,10 @@ struct Forward {
   }
 
   void gather(int64_t, int64_t, int64_t, Scratch& scratch) const {
+    for (int64_t row = 0; row < scratch.place.rows; ++row) {
+      const int64_t begin = scratch.place.offset + row * batches.stride();
+      tensors.add(begin, begin + batches.members);
+    }
     const A size = A(batches.members);
     Vec<A> rest = {}, variance;
     if (tensors.norm.subtract_mean) {
@@ -249,9 +260,8 @@ struct Backward {
       : tensors(call),
         batches(call),
         split(batches.split()),
-        parameters(tensors, batches.groups, batches.members),
-        accumulators(split.chunks(), int64_t(parameters.gamma.size()),
-                     call.dgamma != nullptr || call.dbeta != nullptr) {}
+        parameters(tensors, batches.samples * batches.groups, batches.members),
+        accumulators(split, batches.groups * padded<T>(batches.members), call) {}
 
   struct Scratch {
     typename Batches<T>::Place place;
@@ -308,8 +318,8 @@ struct Backward {
     const A* gamma_at = parameters.gamma.data() + place.parameters;
     const A* beta_at = parameters.beta.data() + place.parameters;
     const bool wanted = accumulators.wanted();
-    A* dgamma = wanted ? accumulators.dgamma(chunk) + place.parameters : nullptr;
-    A* dbeta = wanted ? accumulators.dbeta(chunk) + place.parameters : nullptr;
+    A* dgamma = wanted ? accumulators.dgamma(chunk) + place.sums : nullptr;
+    A* dbeta = wanted ? accumulators.dbeta(chunk) + place.sums : nullptr;
     A mean[Rows], inv_std[Rows];
     std::copy_n(scratch.mean.values + row, Rows, mean);
     std::copy_n(scratch.inv_std.values + row, Rows, inv_std);
@@ -345,7 +355,8 @@ struct Backward {
     const A* beta_at = parameters.beta.data() + place.parameters;
     const int64_t members = batches.members;
     const T *x = tensors.x + place.offset, *dy = tensors.dy + place.offset;
-    T* dx = tensors.dx + place.offset;
+    const Gradient<T> dx = tensors.dx;
+    int64_t at = place.offset;
     for (int64_t row = 0; row < place.rows; ++row) {
       const A mean = scratch.mean[row], inv_std = scratch.inv_std[row];
       const A offset = scratch.offset[row], pull = scratch.pull[row];
@@ -354,19 +365,20 @@ struct Backward {
         const Pack<T> deviation = load(x + i, lanes...) - mean;
         const Pack<T> dz =
             gradient(load(dy + i, lanes...), deviation * inv_std, gamma, beta_at + i);
-        store(dx + i, dz * gamma * inv_std - (deviation * pull + offset), lanes...);
+        dx.put(at + i, dz * gamma * inv_std - (deviation * pull + offset), lanes...);
       });
       x += batches.stride();
       dy += batches.stride();
-      dx += batches.stride();
+      at += batches.stride();
     }
   }
 
   void reduce(int threads) const {
     std::vector<A> dgamma(parameters.gamma.size()), dbeta(dgamma.size());
     accumulators.reduce(dgamma.data(), dbeta.data(), threads);
-    Parameters<T>::restore(dgamma, tensors.dgamma, batches.groups, batches.members);
-    Parameters<T>::restore(dbeta, tensors.dbeta, batches.groups, batches.members);
+    const int64_t groups = batches.samples * batches.groups;
+    Parameters<T>::restore(dgamma, tensors.dgamma, groups, batches.members);
+    Parameters<T>::restore(dbeta, tensors.dbeta, groups, batches.members);
   }
 };
 

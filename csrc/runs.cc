@@ -77,11 +77,13 @@ void add_run(const T* x, int64_t elements, bool subtract_mean, Moments& moments)
 
 // How the sets lie in memory, and which gammas their elements have.
 struct Sets {
-  int64_t groups, before, members, after, run, pieces;
+  int64_t samples, outer_per_sample, groups, before, members, after, run, pieces;
   bool gamma_per_element;
 
   explicit Sets(const Norm& norm)
-      : groups(norm.groups),
+      : samples(norm.samples),
+        outer_per_sample(norm.outer / norm.samples),
+        groups(norm.groups),
         before(norm.before),
         members(norm.members),
         after(norm.after),
@@ -93,15 +95,20 @@ struct Sets {
   int64_t outer(int64_t unit) const { return unit / groups; }
   int64_t group(int64_t unit) const { return unit % groups; }
   int64_t channel(int64_t unit) const { return group(unit) * members; }
+  // The group of a unit among those of all samples, and where its gammas begin.
+  int64_t parameters(int64_t unit) const {
+    return samples == 1 ? group(unit) : outer(unit) / outer_per_sample * groups + group(unit);
+  }
+  int64_t parameter(int64_t unit) const { return parameters(unit) * members; }
   // Where the mean of a unit is in the statistics; 1 / standard deviation comes `groups` later.
   int64_t statistics(int64_t unit) const { return outer(unit) * 2 * groups + group(unit); }
 
-  Split split(const Norm& norm) const {
-    const int64_t units = norm.outer * groups;
+  Split split() const {
+    const int64_t units = outer_per_sample * groups;
     const int64_t fewest = kElementsPerThread / elements();
     const int64_t per_chunk = std::max({int64_t(1), (units + 63) / 64, fewest});
     // With a gamma for each element a chunk's sums are as many as two units have elements.
-    return {units, pieces, elements(),
+    return {samples, units, pieces, elements(),
             gamma_per_element ? std::max<int64_t>(4, per_chunk) : per_chunk};
   }
 
@@ -140,8 +147,9 @@ struct Forward {
   explicit Forward(const Call& call)
       : tensors(call),
         sets(call.norm),
-        split(sets.split(call.norm)),
-        parameters(tensors, sets.gamma_per_element ? sets.groups : 0, sets.members) {}
+        split(sets.split()),
+        parameters(tensors, sets.gamma_per_element ? sets.samples * sets.groups : 0, sets.members) {
+  }
 
   struct Scratch {
     std::vector<Moments> moments;       // piece by piece
@@ -155,6 +163,7 @@ struct Forward {
   void gather(int64_t unit, int64_t piece, int64_t, Scratch& scratch) const {
     Moments moments;
     sets.for_runs(unit, piece, [&](int64_t, int64_t begin, int64_t end) {
+      tensors.add(begin, end);
       add_run(tensors.x + begin, end - begin, tensors.norm.subtract_mean, moments);
     });
     scratch.moments[size_t(piece)] = moments;
@@ -183,7 +192,7 @@ struct Forward {
     const int code = tensors.norm.activation;
     sets.for_runs(unit, piece, [&](int64_t start, int64_t begin, int64_t end) {
       if (sets.gamma_per_element) {
-        const int64_t first = sets.group(unit) * padded<T>(sets.members) - start;
+        const int64_t first = sets.parameters(unit) * padded<T>(sets.members) - start;
         const A *gamma = parameters.gamma.data() + first, *beta = parameters.beta.data() + first;
         for_packs<T>(begin, end, [&](int64_t i, auto... lanes) {
           const Pack<T> xhat = (load(x + i, lanes...) - mean) * inv_std + rest;
@@ -193,9 +202,9 @@ struct Forward {
         return;
       }
       sets.for_stretches(start, begin, end, [&](int64_t member, int64_t from, int64_t to) {
-        const int64_t channel = sets.channel(unit) + member;
-        const A scale = inv_std * tensors.gamma_at(channel);
-        const A shift = rest * tensors.gamma_at(channel) + tensors.beta_at(channel);
+        const int64_t parameter = sets.parameter(unit) + member;
+        const A scale = inv_std * tensors.gamma_at(parameter);
+        const A shift = rest * tensors.gamma_at(parameter) + tensors.beta_at(parameter);
         for_packs<T>(from, to, [&](int64_t i, auto... lanes) {
           const Pack<T> z = (load(x + i, lanes...) - mean) * scale + shift;
           store(y + i, activate<kind>(z, code, slope), lanes...);
@@ -218,10 +227,9 @@ struct Backward {
   explicit Backward(const Call& call)
       : tensors(call),
         sets(call.norm),
-        split(sets.split(call.norm)),
-        parameters(tensors, sets.gamma_per_element ? sets.groups : 0, sets.members),
-        accumulators(split.chunks(), sets.groups * width(),
-                     call.dgamma != nullptr || call.dbeta != nullptr) {}
+        split(sets.split()),
+        parameters(tensors, sets.gamma_per_element ? sets.samples * sets.groups : 0, sets.members),
+        accumulators(split, sets.groups * width(), call) {}
 
   // How many sums a group has.
   int64_t width() const { return sets.gamma_per_element ? padded<T>(sets.members) : sets.members; }
@@ -272,11 +280,12 @@ struct Backward {
 
   void gather_elements(int64_t unit, int64_t piece, int64_t chunk, int64_t start, int64_t begin,
                        int64_t end, Scratch& scratch) const {
-    const int64_t first = sets.group(unit) * width() - start;
+    const int64_t first = sets.parameters(unit) * width() - start;
     const A *gammas = parameters.gamma.data() + first, *betas = parameters.beta.data() + first;
     const bool wanted = accumulators.wanted();
-    A* dgamma = wanted ? accumulators.dgamma(chunk) + first : nullptr;
-    A* dbeta = wanted ? accumulators.dbeta(chunk) + first : nullptr;
+    const int64_t first_sum = sets.group(unit) * width() - start;
+    A* dgamma = wanted ? accumulators.dgamma(chunk) + first_sum : nullptr;
+    A* dbeta = wanted ? accumulators.dbeta(chunk) + first_sum : nullptr;
     const T *x = tensors.x, *dy = tensors.dy;
     const A mean = scratch.mean, inv_std = scratch.inv_std;
     double g_total = 0, gx_total = 0;
@@ -303,8 +312,8 @@ struct Backward {
 
   void gather_stretch(int64_t unit, int64_t piece, int64_t member, int64_t begin, int64_t end,
                       Scratch& scratch) const {
-    const A gamma = tensors.gamma_at(sets.channel(unit) + member);
-    const A beta = tensors.beta_at(sets.channel(unit) + member);
+    const A gamma = tensors.gamma_at(sets.parameter(unit) + member);
+    const A beta = tensors.beta_at(sets.parameter(unit) + member);
     const T *x = tensors.x, *dy = tensors.dy;
     const A mean = scratch.mean, inv_std = scratch.inv_std;
     double dz_total = 0, dzx_total = 0;
@@ -348,17 +357,17 @@ struct Backward {
 
   void apply(int64_t unit, int64_t piece, const Scratch& scratch) const {
     const T *x = tensors.x, *dy = tensors.dy;
-    T* dx = tensors.dx;
     const A mean = scratch.mean, inv_std = scratch.inv_std;
     const A offset = scratch.offset, pull = scratch.pull;
+    const Gradient<T> dx = tensors.dx;
     const auto write_pack = [=](int64_t i, auto gamma, auto beta, auto... lanes) {
       const Pack<T> deviation = load(x + i, lanes...) - mean;
       const Pack<T> dz = gradient(load(dy + i, lanes...), deviation * inv_std, gamma, beta);
-      store(dx + i, dz * gamma * inv_std - (deviation * pull + offset), lanes...);
+      dx.put(i, dz * gamma * inv_std - (deviation * pull + offset), lanes...);
     };
     sets.for_runs(unit, piece, [&](int64_t start, int64_t begin, int64_t end) {
       if (sets.gamma_per_element) {
-        const int64_t first = sets.group(unit) * width() - start;
+        const int64_t first = sets.parameters(unit) * width() - start;
         const A *gamma = parameters.gamma.data() + first, *beta = parameters.beta.data() + first;
         for_packs<T>(begin, end, [&](int64_t i, auto... lanes) {
           write_pack(i, read<T>(gamma + i), read<T>(beta + i), lanes...);
@@ -366,8 +375,8 @@ struct Backward {
         return;
       }
       sets.for_stretches(start, begin, end, [&](int64_t member, int64_t from, int64_t to) {
-        const A gamma = tensors.gamma_at(sets.channel(unit) + member);
-        const A beta = tensors.beta_at(sets.channel(unit) + member);
+        const A gamma = tensors.gamma_at(sets.parameter(unit) + member);
+        const A beta = tensors.beta_at(sets.parameter(unit) + member);
         for_packs<T>(from, to,
                      [&](int64_t i, auto... lanes) { write_pack(i, gamma, beta, lanes...); });
       });
@@ -381,8 +390,9 @@ struct Backward {
     }
     std::vector<A> dgamma(parameters.gamma.size()), dbeta(dgamma.size());
     accumulators.reduce(dgamma.data(), dbeta.data(), threads);
-    Parameters<T>::restore(dgamma, tensors.dgamma, sets.groups, sets.members);
-    Parameters<T>::restore(dbeta, tensors.dbeta, sets.groups, sets.members);
+    const int64_t groups = sets.samples * sets.groups;
+    Parameters<T>::restore(dgamma, tensors.dgamma, groups, sets.members);
+    Parameters<T>::restore(dbeta, tensors.dbeta, groups, sets.members);
   }
 };
 

@@ -149,7 +149,7 @@ class Tensor {
   int64_t extent(int axis) const { return tf.Dim(tensor_, axis); }
   int64_t elements() const { return tf.TensorElementCount(tensor_); }
   void* data() const { return tf.TensorData(tensor_); }
-  // A gamma or beta of no elements stands for none.
+  // A gamma, beta or residual of no elements stands for none.
   void* data_if_any() const { return elements() == 0 ? nullptr : data(); }
 
  private:
@@ -227,11 +227,19 @@ struct Operands : NormwiseOperands {
   }
 };
 
-// gamma or beta: absent, or one element per channel.
+// gamma or beta: absent, or one element per channel, of each sample where they have their own.
 void require_parameter(const Tensor& parameter, const normwise::Norm& norm, Status& status) {
   const int64_t elements = status.ok() ? parameter.elements() : 0;
-  status.require(elements == 0 || elements == norm.channels(),
-                 "gamma and beta must each have one element per channel, or none at all");
+  status.require(elements == 0 || elements == norm.parameters(),
+                 "gamma and beta must each have one element per channel (and sample, where they "
+                 "have their own), or none at all");
+}
+
+// The residual or the gradient of the sum: absent, or like x.
+void require_like_if_any(const Tensor& tensor, const Shape& shape, Status& status) {
+  if (status.ok() && tensor.elements() > 0) {
+    status.require(shape == Shape(tensor), "residual and dsum must have the shape of x");
+  }
 }
 
 void finish(int32_t result, Status& status) {
@@ -241,20 +249,25 @@ void finish(int32_t result, Status& status) {
 }
 
 void forward(const Kernel& kernel, TF_OpKernelContext* context, Status& status) {
-  const Tensor x(context, 0, status), gamma(context, 1, status), beta(context, 2, status);
+  const Tensor x(context, 0, status), gamma(context, 1, status), beta(context, 2, status),
+      residual(context, 3, status);
   if (!status.ok()) return;
   const Shape shape(x);
   Operands operands(kernel, x, shape);
   require_parameter(gamma, operands.norm, status);
   require_parameter(beta, operands.norm, status);
+  require_like_if_any(residual, shape, status);
   if (!status.ok()) return;
 
-  const Shape sets = kernel.statistics_shape(x);
+  const Shape sets = kernel.statistics_shape(x), of_sum(residual);
   const Tensor y(context, 0, kernel.dtype, shape.extents, shape.rank, status);
   const Tensor statistics(context, 1, kernel.arithmetic, sets.extents, sets.rank, status);
+  const Tensor sum(context, 2, kernel.dtype, of_sum.extents, of_sum.rank, status);
   if (!status.ok()) return;
   operands.gamma = gamma.data_if_any();
   operands.beta = beta.data_if_any();
+  operands.residual = residual.data_if_any();
+  operands.sum = sum.data_if_any();
   operands.y = y.data();
   operands.statistics = statistics.data();
   finish(normwise_forward(&kernel.norm, &operands), status);
@@ -262,13 +275,14 @@ void forward(const Kernel& kernel, TF_OpKernelContext* context, Status& status) 
 
 void backward(const Kernel& kernel, TF_OpKernelContext* context, Status& status) {
   const Tensor x(context, 0, status), gamma(context, 1, status), beta(context, 2, status),
-      statistics(context, 3, status), dy(context, 4, status);
+      statistics(context, 3, status), dy(context, 4, status), dsum(context, 5, status);
   if (!status.ok()) return;
   const Shape shape(x);
   Operands operands(kernel, x, shape);
   require_parameter(gamma, operands.norm, status);
   require_parameter(beta, operands.norm, status);
   status.require(shape == Shape(dy), "dy must have the shape of x");
+  require_like_if_any(dsum, shape, status);
   if (!status.ok()) return;
   status.require(kernel.statistics_shape(x) == Shape(statistics),
                  "statistics must be those of the forward pass");
@@ -282,6 +296,7 @@ void backward(const Kernel& kernel, TF_OpKernelContext* context, Status& status)
   operands.beta = beta.data_if_any();
   operands.statistics = statistics.data();
   operands.dy = dy.data();
+  operands.dsum = dsum.data_if_any();
   operands.dx = dx.data();
   operands.dgamma = dgamma.data_if_any();
   operands.dbeta = dbeta.data_if_any();
@@ -317,14 +332,14 @@ void compute(void* kernel, TF_OpKernelContext* context) {
 
 void destroy(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
-// The first `outputs` outputs have the shapes of the first inputs, in order.
-void set_shapes(TF_ShapeInferenceContext* context, int outputs, TF_Status* status) {
+// An output has the shape of an input.
+void set_shape(TF_ShapeInferenceContext* context, int output, int input, TF_Status* status) {
   TF_ShapeHandle* shape = tf.NewShapeHandle();
-  for (int i = 0; i < outputs && tf.GetCode(status) == TF_OK; ++i) {
-    tf.ShapeInferenceContextGetInput(context, i, shape, status);
-    if (tf.GetCode(status) == TF_OK) {
-      tf.ShapeInferenceContextSetOutput(context, i, shape, status);
-    }
+  if (tf.GetCode(status) == TF_OK) {
+    tf.ShapeInferenceContextGetInput(context, input, shape, status);
+  }
+  if (tf.GetCode(status) == TF_OK) {
+    tf.ShapeInferenceContextSetOutput(context, output, shape, status);
   }
   tf.DeleteShapeHandle(shape);
 }
@@ -332,12 +347,13 @@ void set_shapes(TF_ShapeInferenceContext* context, int outputs, TF_Status* statu
 void forward_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
   // The C API lets no shape function read an integer attribute, which the statistics would need.
   tf.ShapeInferenceContextSetUnknownShape(context, status);
-  if (tf.GetCode(status) == TF_OK) set_shapes(context, 1, status);
+  set_shape(context, 0, 0, status);  // y, of x
+  set_shape(context, 2, 3, status);  // the sum, of the residual
 }
 
 // Whole, since Keras's optimizers refuse a gradient of unknown shape.
 void backward_shapes(TF_ShapeInferenceContext* context, TF_Status* status) {
-  set_shapes(context, 3, status);
+  for (int i = 0; i < 3; ++i) set_shape(context, i, i, status);
 }
 
 // The parts of an op's definition end with a null pointer.
@@ -366,11 +382,11 @@ void register_op(const char* name, const char* const* inputs, const char* const*
 // Runs when the library is loaded. tf.load_op_library lists what is registered at that moment.
 __attribute__((constructor)) void register_ops() {
   if (!tf.find()) return;
-  static const char* const x[] = {"x: T", "gamma: A", "beta: A", nullptr};
-  static const char* const y[] = {"y: T", "statistics: A", nullptr};
+  static const char* const x[] = {"x: T", "gamma: A", "beta: A", "residual: T", nullptr};
+  static const char* const y[] = {"y: T", "statistics: A", "sum: T", nullptr};
   register_op("NormwiseForward", x, y, forward_shapes, compute<forward>);
-  static const char* const dy[] = {"x: T",          "gamma: A", "beta: A",
-                                   "statistics: A", "dy: T",    nullptr};
+  static const char* const dy[] = {"x: T",  "gamma: A", "beta: A", "statistics: A",
+                                   "dy: T", "dsum: T",  nullptr};
   static const char* const dx[] = {"dx: T", "dgamma: A", "dbeta: A", nullptr};
   register_op("NormwiseBackward", dy, dx, backward_shapes, compute<backward>);
 }

@@ -8,7 +8,7 @@ from normwise import activations
 from normwise.geometry import Geometry
 from normwise.kernels import library
 from normwise.kernels.kernel import Engine, why_not_operands
-from normwise.norm import Norm, Operands
+from normwise.norm import PER_SAMPLE, SHARED, Norm, Operands
 
 # As enum NormwiseDtype.
 DTYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 3}
@@ -25,16 +25,17 @@ class Description(ctypes.Structure):
         ("groups", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("subtract_mean", "activation")),
         *((name, ctypes.c_double) for name in ("epsilon", "slope")),
+        *((name, ctypes.c_int32) for name in ("per_sample", "reserved")),
     )
 
 
 # struct NormwiseOperands: its size, the extents of x, rank, dtype, threads, nothing, the tensors.
-_OPERANDS = struct.Struct("QQiiii9Q")
+_OPERANDS = struct.Struct("QQiiii12Q")
 
 
 def why_not(norm: Norm) -> str | None:
     """Why the library cannot calculate this norm anywhere, or None."""
-    if (reason := why_not_operands(norm, "native")) is not None:
+    if (reason := why_not_operands(norm, "native", per_sample=True)) is not None:
         return reason
     if library.missing() is not None:
         return library.missing()
@@ -57,14 +58,16 @@ def describe(norm: Norm) -> Description:
         norm.activation.code,
         norm.epsilon,
         norm.activation.slope,
+        norm.per_sample,
     )
 
 
-def norm_of(description: bytes, shape, dtype: str, operands: Operands) -> Norm:
+def norm_of(description: bytes, shape, dtype: str, has_gamma: bool, has_beta: bool) -> Norm:
     """The norm of a description: the inverse of `describe`, for an x of this shape and dtype."""
     known = Description.from_buffer_copy(description)
     ends = (known.outer_end, known.before_end, known.channels_end)
     per = ("outer", "after") if known.keeps_after else ("outer", "groups")
+    lies = PER_SAMPLE if known.per_sample else SHARED
     return Norm(
         Geometry(tuple(shape), ends, known.groups, per),
         dtype,
@@ -72,7 +75,7 @@ def norm_of(description: bytes, shape, dtype: str, operands: Operands) -> Norm:
         known.epsilon,
         bool(known.subtract_mean),
         activations.Activation(activations.NAMES[known.activation], known.slope),
-        operands,
+        Operands(lies if has_gamma else None, lies if has_beta else None),
     )
 
 
@@ -90,16 +93,17 @@ class _Plan:
         self.native_forward = native.normwise_forward
         self.native_backward = native.normwise_backward
 
-    def forward(self, x, gamma, beta, y, statistics):
+    def forward(self, x, gamma, beta, y, statistics, residual=0, total=0):
         """Engine.forward of this norm."""
-        tensors = (x, gamma or 0, beta or 0, y, statistics, 0, 0, 0, 0)
+        tensors = (x, gamma or 0, beta or 0, y, statistics, 0, 0, 0, 0, residual, total, 0)
         operands = _OPERANDS.pack(*self.head, most_threads(), 0, *tensors)
         if status := self.native_forward(self.address, operands):
             _fail(status)
 
-    def backward(self, x, gamma, beta, statistics, dy, dx, dgamma, dbeta):
+    def backward(self, x, gamma, beta, statistics, dy, dx, dgamma, dbeta, dsum=None):
         """Engine.backward of this norm."""
-        tensors = (x, gamma or 0, beta or 0, 0, statistics, dy, dx, dgamma or 0, dbeta or 0)
+        gradients = (dy, dx, dgamma or 0, dbeta or 0, 0, 0, dsum or 0)
+        tensors = (x, gamma or 0, beta or 0, 0, statistics, *gradients)
         operands = _OPERANDS.pack(*self.head, most_threads(), 0, *tensors)
         if status := self.native_backward(self.address, operands):
             _fail(status)
@@ -124,4 +128,5 @@ ENGINE = Engine(
     lambda norm, *addresses: plan(norm).forward(*addresses),
     lambda norm, *addresses: plan(norm).backward(*addresses),
     plan=plan,
+    adds=True,
 )

@@ -1,11 +1,12 @@
 """Engines as JAX primitives, differentiable to any order and in both modes.
 
 Three primitives carry a norm. `forward` and `backward` are the two passes of the engine; `tangent`
-is the derivative of the first as a linear map, whose transpose is the second. On the CPU and on
-GPUs the first two become calls of an engine, elsewhere and in exported programs what composite.py
-does; all further derivatives are those of composite.py.
+is the derivative of the first as a linear map, whose transpose is the second: from a change of what
+is normalized, which with a residual is the sum, to that of y and of the sum itself. On the CPU and
+on GPUs the first two become calls of an engine, elsewhere and in exported programs what
+composite.py does; all further derivatives are those of composite.py.
 
-The primitives always take gamma and beta: one that is absent is an empty vector.
+The primitives always take and give everything: what is absent is an empty vector.
 """
 
 import dataclasses
@@ -40,7 +41,11 @@ def kernel_of(engine: Engine, primitives=None) -> Kernel:
     def why_not(norm, x):
         return engine.why_not(norm) or _why_not_here()
 
-    return Kernel(engine.name, why_not, primitives.run, is_elsewhere=lambda x: not _on_cpu())
+    def is_elsewhere(x):
+        return not _on_cpu()
+
+    adds = primitives is _NATIVE
+    return Kernel(engine.name, why_not, primitives.run, is_elsewhere=is_elsewhere, adds=adds)
 
 
 def _why_not_here() -> str | None:
@@ -80,42 +85,54 @@ def _present(gamma, beta) -> Operands:
     return Operands(*(p if p.size else None for p in (gamma, beta)))
 
 
-def _meant_y(x, gamma, beta, *, norm):
-    return composite.run(norm, x, _present(gamma, beta))
+def _summed(x, residual, norm):
+    return x + residual if norm.operands.residual else x
 
 
-def _meant_forward(x, gamma, beta, *, norm):
+def _meant_y(x, gamma, beta, *, norm, run=composite.run):
+    """The result for what is normalized."""
+    return run(norm, x, _present(gamma, beta))
+
+
+def _meant_forward(x, gamma, beta, residual, *, norm, run=composite.run):
     # The composite has no use for the statistics, so XLA drops them again, unless a program that
     # ends elsewhere hands them to a backward pass on the CPU.
-    return _meant_y(x, gamma, beta, norm=norm), composite.statistics(norm, x)
+    x = _summed(x, residual, norm)
+    y = _meant_y(x, gamma, beta, norm=norm, run=run)
+    return y, composite.statistics(norm, x), x if norm.operands.residual else residual
 
 
-def _lowered_forward(x, gamma, beta, *, norm):
-    """As `_meant_forward` where nobody takes derivatives any more."""
-    y = composite.run_for_inference(norm, x, _present(gamma, beta))
-    return y, composite.statistics(norm, x)
+# As `_meant_forward` where nobody takes derivatives any more.
+_lowered_forward = functools.partial(_meant_forward, run=composite.run_for_inference)
 
 
 def _meant_tangent(x, gamma, beta, statistics, *tangents, norm):
-    return jax.jvp(functools.partial(_meant_y, norm=norm), (x, gamma, beta), tangents)[1]
+    _, dy = jax.jvp(functools.partial(_meant_y, norm=norm), (x, gamma, beta), tangents)
+    return dy, tangents[0] if norm.operands.residual else jnp.zeros(0, x.dtype)
 
 
-def _meant_backward(x, gamma, beta, statistics, dy, *, norm):
+def _meant_backward(x, gamma, beta, statistics, dy, dsum, *, norm):
     _, pull = jax.vjp(functools.partial(_meant_y, norm=norm), x, gamma, beta)
-    return pull(dy)
+    dx, *found = pull(dy)
+    return dx + dsum if dsum.size else dx, *found
 
 
 def _type(array):
     return jax.core.ShapedArray(array.shape, array.dtype)
 
 
-def _forward_types(x, *parameters, norm):
+def _forward_types(x, gamma, beta, residual, *, norm):
     statistics = norm.geometry.statistics_shape(x.shape)
-    return _type(x), jax.core.ShapedArray(statistics, jnp.dtype(norm.arithmetic))
+    kept = jax.core.ShapedArray(statistics, jnp.dtype(norm.arithmetic))
+    return _type(x), kept, _type(residual)
 
 
 def _backward_types(x, gamma, beta, *others, norm):
     return _type(x), _type(gamma), _type(beta)
+
+
+def _tangent_types(x, *others, norm):
+    return _type(x), _type(x if norm.operands.residual else jnp.zeros(0, x.dtype))
 
 
 class _Primitives:
@@ -137,7 +154,7 @@ class _Primitives:
         self.backward = self._primitive(
             f"{name}_backward", _meant_backward, backward, _backward_types
         )
-        self.tangent = self._primitive(f"{name}_tangent", _meant_tangent, {}, None)
+        self.tangent = self._primitive(f"{name}_tangent", _meant_tangent, {}, _tangent_types)
         ad.primitive_jvps[self.forward] = self._forward_jvp
         ad.primitive_transposes[self.tangent] = self._tangent_transpose
         ad.primitive_jvps[self.tangent] = functools.partial(_jvp_of, _meant_tangent)
@@ -145,24 +162,34 @@ class _Primitives:
         batching.primitive_batchers[self.forward] = self._batch_forward
         batching.primitive_batchers[self.backward] = self._batch_backward
         batching.primitive_batchers[self.tangent] = functools.partial(_vmap_of, _meant_tangent)
-        self._jitted = jax.jit(self._run, static_argnums=3)
+        self._jitted = jax.jit(self._run, static_argnums=4)
 
     def run(self, norm: Norm, x, operands: Operands):
-        """Normalize every set of `x`, apply gamma, beta and the activation."""
-        return self._jitted(x, operands.gamma, operands.beta, norm)
+        """Normalize every set of `x`, apply gamma, beta and the activation.
 
-    def _run(self, x, gamma, beta, norm):
+        Returns:
+            The result, and with a residual the sum.
+        """
+        return self._jitted(x, operands.gamma, operands.beta, operands.residual, norm)
+
+    def _run(self, x, gamma, beta, residual, norm):
+        if residual is not None and norm.x_dtype != norm.y_dtype:
+            total = x + residual
+            norm = norm.with_operands(norm.operands._replace(residual=None))
+            return self._run(total, gamma, beta, None, norm), total
         uniform = norm.uniform
         x = x.astype(uniform.x_dtype)
         absent = jnp.zeros(0, norm.arithmetic)
         operands = (x, *(absent if p is None else p for p in (gamma, beta)))
+        added = jnp.zeros(0, x.dtype) if residual is None else residual
         # Inside shard_map and on a mesh with explicit axes a type says how its array is split, in
         # terms that are private to JAX and change with it. The composite's follow by themselves.
         if any(kind != AxisType.Auto for kind in jax.sharding.get_abstract_mesh().axis_types):
-            y = _meant_y(*operands, norm=uniform)
+            y, _, total = _meant_forward(*operands, added, norm=uniform)
         else:
-            y, _ = self.forward.bind(*operands, norm=uniform)
-        return y.astype(norm.y_dtype)
+            y, _, total = self.forward.bind(*operands, added, norm=uniform)
+        y = y.astype(norm.y_dtype)
+        return y if residual is None else (y, total)
 
     @staticmethod
     def _primitive(name, meaning, natives, types, lowered=None):
@@ -172,14 +199,14 @@ class _Primitives:
         """
         lowered = lowered or meaning
         primitive = Primitive(f"normwise_{name}")
-        primitive.multiple_results = types is not None
-        primitive.def_abstract_eval(types or (lambda x, *others, norm: _type(x)))
+        primitive.multiple_results = True
+        primitive.def_abstract_eval(types)
 
         # Of the function and not of the primitive: where jit is disabled or a NaN is sought,
         # the primitive would only call itself.
         def evaluate(*operands, norm):
             if not natives:
-                return meaning(*operands, norm=norm)
+                return tuple(meaning(*operands, norm=norm))
             return jax.lax.platform_dependent(
                 *operands,
                 default=lambda *operands: tuple(meaning(*operands, norm=norm)),
@@ -196,9 +223,7 @@ class _Primitives:
             with jax.disable_jit(False):
                 return jitted(*operands, norm=norm)
 
-        mlir.register_lowering(
-            primitive, mlir.lower_fun(lowered, multiple_results=primitive.multiple_results)
-        )
+        mlir.register_lowering(primitive, mlir.lower_fun(lowered, multiple_results=True))
         if natives and _LACKS is None:
             # Else a lowering for several devices does not learn which; custom_partitioning must.
             _PRIVATE["devices"].add(primitive)
@@ -210,32 +235,42 @@ class _Primitives:
         return primitive
 
     def _forward_jvp(self, primals, tangents, *, norm):
-        y, statistics = self.forward.bind(*primals, norm=norm)
-        tangents = map(ad.instantiate_zeros, tangents)
-        dy = self.tangent.bind(*primals, statistics, *tangents, norm=norm)
+        x, gamma, beta, _ = primals
+        dx, dgamma, dbeta, dresidual = tangents
+        y, statistics, total = self.forward.bind(*primals, norm=norm)
+        if norm.operands.residual:
+            x, dx = total, ad.add_tangents(dx, dresidual)
+        tangents = map(ad.instantiate_zeros, (dx, dgamma, dbeta))
+        dy, dsum = self.tangent.bind(x, gamma, beta, statistics, *tangents, norm=norm)
         # The statistics follow from x, and that way is part of every derivative by x.
-        return (y, statistics), (dy, ad.Zero(jax.typeof(statistics)))
+        return (y, statistics, total), (dy, ad.Zero(jax.typeof(statistics)), dsum)
 
-    def _tangent_transpose(self, dy, x, gamma, beta, statistics, *tangents, norm):
-        found = self.backward.bind(x, gamma, beta, statistics, dy, norm=norm)
+    def _tangent_transpose(self, cotangents, x, gamma, beta, statistics, *tangents, norm):
+        dy, dsum = cotangents
+        dy = ad.instantiate_zeros(dy)
+        dsum = jnp.zeros(0, x.dtype) if isinstance(dsum, ad.Zero) else dsum
+        found = self.backward.bind(x, gamma, beta, statistics, dy, dsum, norm=norm)
         wanted = map(ad.is_undefined_primal, tangents)
         return [None] * 4 + [g if w else None for g, w in zip(found, wanted, strict=True)]
 
     def _batch_forward(self, operands, axes, *, norm):
-        x, gamma, beta = operands
-        if axes[1:] != (None, None):
+        x, gamma, beta, residual = operands
+        summed = [axes[0], axes[3]] if norm.operands.residual else [axes[0]]
+        if axes[1:3] != (None, None) or None in summed or norm.per_sample:
             return _vmap_of(_meant_forward, operands, axes, norm=norm)
         x = jnp.moveaxis(x, axes[0], 0)
-        return self.forward.bind(x, gamma, beta, norm=norm.of(norm.geometry.batched())), (0, 0)
+        residual = jnp.moveaxis(residual, axes[3], 0) if norm.operands.residual else residual
+        found = self.forward.bind(x, gamma, beta, residual, norm=norm.of(norm.geometry.batched()))
+        return found, (0, 0, 0 if norm.operands.residual else None)
 
     def _batch_backward(self, operands, axes, *, norm):
-        x, gamma, beta, statistics, dy = operands
+        x, gamma, beta, statistics, dy, dsum = operands
         # The engine sums dgamma and dbeta over outer, where one for each is asked for.
-        if gamma.size or beta.size or None in (axes[0], axes[3], axes[4]):
+        if gamma.size or beta.size or dsum.size or None in (axes[0], axes[3], axes[4]):
             return _vmap_of(_meant_backward, operands, axes, norm=norm)
         x, statistics, dy = (jnp.moveaxis(operands[i], axes[i], 0) for i in (0, 3, 4))
         batched = norm.of(norm.geometry.batched())
-        found = self.backward.bind(x, gamma, beta, statistics, dy, norm=batched)
+        found = self.backward.bind(x, gamma, beta, statistics, dy, dsum, norm=batched)
         return found, (0, None, None)
 
 
@@ -288,11 +323,12 @@ def _callbacks(engine: Engine):
 
         return jax.pure_callback(back, types, *operands)
 
-    def forward(x, gamma, beta, norm):
-        types = _forward_types(x, norm=norm)
-        return call(engine.forward, types, (x, gamma, beta), norm)
+    # A Kernel of an engine that adds nothing is given no residual.
+    def forward(x, gamma, beta, residual, norm):
+        *types, _ = _forward_types(x, gamma, beta, residual, norm=norm)
+        return *call(engine.forward, types, (x, gamma, beta), norm), residual
 
-    def backward(x, gamma, beta, statistics, dy, norm):
+    def backward(x, gamma, beta, statistics, dy, dsum, norm):
         types = _backward_types(x, gamma, beta, norm=norm)
         return call(engine.backward, types, (x, gamma, beta, statistics, dy), norm)
 
@@ -346,6 +382,6 @@ def accelerator() -> str | None:
 
 KERNELS = (
     kernel_of(cpu.ENGINE, _NATIVE),
-    Kernel(gpu.NAME, _why_not_on_gpu, _NATIVE.run, is_elsewhere=lambda x: not _on_gpu()),
+    Kernel(gpu.NAME, _why_not_on_gpu, _NATIVE.run, is_elsewhere=lambda x: not _on_gpu(), adds=True),
     composite.COMPOSITE,
 )

@@ -44,9 +44,17 @@ class Engine:
         forward(norm, x, gamma, beta, y, statistics)
         backward(norm, x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
 
-    x, y, dy and dx have `norm.dtype` and the shape of x; gamma, beta and their gradients
-    `norm.arithmetic`; so have the statistics, of `norm.geometry.statistics_shape(x.shape)`, which
-    belong to the engine between its two passes. dgamma or dbeta is None where nobody asks for it.
+    or with a residual, which one that `adds` is given,
+
+        forward(norm, x, gamma, beta, y, statistics, residual, sum)
+        backward(norm, x, gamma, beta, statistics, dy, dx, dgamma, dbeta, dsum)
+
+    where x is the sum in the backward pass, and dsum, which may be None, is added to dx.
+
+    x, y, dy, dx, residual, sum and dsum have `norm.dtype` and the shape of x; gamma, beta and their
+    gradients `norm.arithmetic`; so have the statistics, of
+    `norm.geometry.statistics_shape(x.shape)`, which belong to the engine between its two passes.
+    dgamma or dbeta is None where nobody asks for it.
 
     Args:
         name: as `normwise.explain` says it.
@@ -54,6 +62,7 @@ class Engine:
         forward, backward: the passes. Buffers are NumPy arrays, bfloat16 ones of ml_dtypes.
         plan: None, or what gives for a Norm an object whose `forward` and `backward` are the same
             without it; then the buffers are addresses.
+        adds: whether the passes take a residual. For one that does not the sum is made before.
     """
 
     name: str
@@ -61,15 +70,22 @@ class Engine:
     forward: Callable
     backward: Callable
     plan: Callable | None = None
+    adds: bool = False
 
 
-def why_not_operands(norm: Norm, kernels: str) -> str | None:
-    """Why kernels that take gamma and beta alone cannot calculate a norm, or None."""
+def why_not_operands(norm: Norm, kernels: str, per_sample: bool = False) -> str | None:
+    """Why kernels that take gamma and beta alone cannot calculate a norm, or None.
+
+    Args:
+        norm: what the call is.
+        kernels: their name.
+        per_sample: whether each sample may have a gamma and a beta of its own.
+    """
     _, _, mask, learned_epsilon, _ = norm.operands
     if mask:
         return f"the {kernels} kernels take no mask"
     if learned_epsilon:
         return f"the {kernels} kernels take no learned epsilon"
-    if norm.per_sample:
+    if norm.per_sample and not per_sample:
         return f"the {kernels} kernels take one gamma and one beta for all samples"
     return None

@@ -12,11 +12,13 @@ _PARAMETERS = ("parameter", "parameter")
 def passes(forward, backward):
     """Both passes of an engine, for arrays that lie on one device or on several."""
     return (
-        _partitionable(forward, sharded.forward, ("x", *_PARAMETERS), ("x", "statistics")),
+        _partitionable(
+            forward, sharded.forward, ("x", *_PARAMETERS, "x"), ("x", "statistics", "x")
+        ),
         _partitionable(
             backward,
             sharded.backward,
-            ("x", *_PARAMETERS, "statistics", "x"),
+            ("x", *_PARAMETERS, "statistics", "x", "x"),
             ("x", *_PARAMETERS),
         ),
     )
@@ -39,44 +41,46 @@ def _partitionable(native, elsewhere, operand_kinds, result_kinds):
         if kind == "x":
             return axes
         if kind == "parameter":
-            return axes[before_end:channels_end]
+            of_sample = axes[before_end:channels_end]
+            return (0, *of_sample) if norm.per_sample else of_sample
         kept = axes[channels_end:] if norm.geometry.keeps_after else (None,)
         return (*axes[:outer_end], None, *kept)
 
-    def shardings(norm, mesh, operands):
+    def shardings(norm, mesh, operands, results):
         x = operands[0]
         rank = len(x.shape)
         spec = (*x.sharding.spec, *[None] * rank)[:rank]
 
-        def sharding(kind, absent):
-            axes = () if absent and kind == "parameter" else axes_of(kind, norm, rank)
+        def sharding(kind, array):
+            # What is absent has no axis to split.
+            axes = () if tuple(array.shape) == (0,) else axes_of(kind, norm, rank)
             split = PartitionSpec(*(None if axis is None else spec[axis] for axis in axes))
             return NamedSharding(mesh, split)
 
-        absent = [operand.shape == (0,) for operand in operands]
         return (
-            tuple(map(sharding, operand_kinds, absent)),
-            # A gradient is absent where what it belongs to, the operand of its place, is.
-            tuple(map(sharding, result_kinds, absent)),
+            tuple(map(sharding, operand_kinds, operands)),
+            tuple(map(sharding, result_kinds, results)),
         )
 
     def infer(norm, mesh, operands, results):
-        return shardings(norm, mesh, operands)[1]
+        return shardings(norm, mesh, operands, results)[1]
 
     def partition(norm, mesh, operands, results):
-        before, after = shardings(norm, mesh, operands)
+        before, after = shardings(norm, mesh, operands, results)
         names = tuple(
             () if part is None else (part,) if isinstance(part, str) else tuple(part)
             for part in before[0].spec
         )
         split = sharded.Split(operands[0].shape, names)
         outer = split.over(range(norm.geometry.ends[0]))
+        # What all samples share, or all outers of one sample.
+        shared = split.over(range(int(norm.per_sample), norm.geometry.ends[0]))
 
         def on_shard(*operands):
             if split.over(range(len(names))) != outer:
                 return elsewhere(norm, *operands, split=split)
             return tuple(
-                jax.lax.psum(result, outer) if kind == "parameter" and outer else result
+                jax.lax.psum(result, shared) if kind == "parameter" and shared else result
                 for result, kind in zip(native(*operands, norm), result_kinds, strict=True)
             )
 

@@ -62,18 +62,21 @@ def _moments(norm: Norm, x, split: Split):
     return total, count, composite.moments(norm, x, total, count)
 
 
-def forward(norm: Norm, x, gamma, beta, split: Split):
+def forward(norm: Norm, x, gamma, beta, residual, split: Split):
     """The forward pass on one device's parts of its operands."""
+    if norm.operands.residual:
+        x = residual = x + residual
     _, _, (deviation, mean, variance) = _moments(norm, x, split)
     inv_std = composite.inverse_root(norm, variance, NONE)
     z = _affine(norm, deviation * inv_std, gamma, beta)
     channel, *others = norm.geometry.parameter_axes
     if not others and mean.shape[channel] != 1:
         mean, inv_std = (split.gather(each, channel) for each in (mean, inv_std))
-    return norm.activation(z).astype(x.dtype), composite.stack(norm, x.shape, mean, inv_std)
+    statistics = composite.stack(norm, x.shape, mean, inv_std)
+    return norm.activation(z).astype(x.dtype), statistics, residual
 
 
-def backward(norm: Norm, x, gamma, beta, statistics, dy, split: Split):
+def backward(norm: Norm, x, gamma, beta, statistics, dy, dsum, split: Split):
     """The backward pass on one device's parts of its operands."""
     total, count, (deviation, _, variance) = _moments(norm, x, split)
     inv_std = composite.inverse_root(norm, variance, NONE)
@@ -82,6 +85,7 @@ def backward(norm: Norm, x, gamma, beta, statistics, dy, split: Split):
     (g,) = jax.vjp(norm.activation, z)[1](dy.astype(z.dtype))
 
     axes = norm.geometry.parameter_axes
+    axes = (0, *axes) if norm.per_sample else axes
     others = [axis for axis in range(x.ndim) if axis not in axes]
     dgamma = split.add_up(g * normalized, others).reshape(gamma.shape) if gamma.size else gamma
     dbeta = split.add_up(g, others).reshape(beta.shape) if beta.size else beta
@@ -90,7 +94,9 @@ def backward(norm: Norm, x, gamma, beta, statistics, dy, split: Split):
     dx = g - normalized * (total(g * normalized) / count)
     if norm.subtract_mean:
         dx = dx - total(g) / count
-    return (dx * inv_std).astype(x.dtype), dgamma, dbeta
+    dx = dx * inv_std
+    dx = dx + dsum if dsum.size else dx
+    return dx.astype(x.dtype), dgamma, dbeta
 
 
 def _affine(norm: Norm, x, gamma, beta):

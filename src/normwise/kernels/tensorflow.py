@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from normwise.kernels import composite, cpu, library, private
 from normwise.kernels.kernel import Engine, Kernel
-from normwise.norm import SHARED, Norm, Operands
+from normwise.norm import Norm, Operands
 
 # Those whose traces leave the process, for places where the ops are unknown.
 _EXPORTERS = ("keras.src.export", "tensorflow.python.saved_model", "tensorflow.lite", "tf2onnx")
@@ -23,8 +23,8 @@ _EXPORTERS = ("keras.src.export", "tensorflow.python.saved_model", "tensorflow.l
 # A second thread must not register the gradients again, which raises.
 _LOADING = threading.Lock()
 
-# Stands for a gamma or beta that is None; NumPy's, since a TensorFlow tensor belongs to a graph.
-_NONE = {dtype: np.zeros(0, dtype) for dtype in ("float32", "float64")}
+# Stands for an operand that is None; NumPy's, since a TensorFlow tensor belongs to a graph.
+_NONE = {dtype: np.zeros(0, dtype) for dtype in cpu.DTYPES}
 
 
 def kernel_of(engine: Engine, run=None) -> Kernel:
@@ -41,12 +41,19 @@ def kernel_of(engine: Engine, run=None) -> Kernel:
         return engine.why_not(norm) or _why_not_here(x)
 
     def cast_and_run(norm, x, operands):
+        residual = operands.residual
+        if residual is not None and norm.x_dtype == norm.y_dtype:
+            return run(norm, x, operands)
+        if residual is not None:
+            total = x + residual
+            norm = norm.with_operands(norm.operands._replace(residual=None))
+            return cast_and_run(norm, total, operands._replace(residual=None)), total
         if norm.x_dtype != norm.dtype:
             x = tf.cast(x, norm.dtype)
         y = run(norm.uniform, x, operands)
         return y if norm.y_dtype == norm.dtype else tf.cast(y, norm.y_dtype)
 
-    return Kernel(engine.name, why_not, cast_and_run)
+    return Kernel(engine.name, why_not, cast_and_run, adds=engine.adds and run is _run_native)
 
 
 def _why_not_here(x) -> str | None:
@@ -110,8 +117,9 @@ def _present(tensors) -> list[bool]:
 
 def _run_native(norm: Norm, x, operands: Operands):
     gamma, beta = _filled(operands[:2], norm.arithmetic)
-    y, _ = _native().normwise_forward(x, gamma, beta, norm=_described(norm))
-    return y
+    residual = _NONE[norm.dtype] if operands.residual is None else operands.residual
+    y, _, total = _native().normwise_forward(x, gamma, beta, residual, norm=_described(norm))
+    return y if operands.residual is None else (y, total)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -144,19 +152,23 @@ def _load():
     return ops
 
 
-def _forward_gradient(op, dy, _):
-    """The gradients of sum(y * dy) by x, gamma and beta; nobody else sees the statistics."""
-    norm = op.get_attr("norm")
-    return _native().normwise_backward(*op.inputs, op.outputs[1], dy, norm=norm)
+def _forward_gradient(op, dy, _, dsum):
+    """The gradients of sum(y * dy) + sum(sum * dsum); nobody else sees the statistics."""
+    x, gamma, beta, residual = op.inputs
+    _, statistics, total = op.outputs
+    (adds,) = _present([residual])
+    x, norm = total if adds else x, op.get_attr("norm")
+    dx, *found = _native().normwise_backward(x, gamma, beta, statistics, dy, dsum, norm=norm)
+    return dx, *found, dx if adds else dsum
 
 
 def _backward_gradient(op, *cotangents):
-    """The gradients of sum(dx * ddx) + ... by x, gamma, beta and dy, through the composite."""
-    x, gamma, beta, _, dy = op.inputs
-    lie = Operands(*(SHARED if there else None for there in _present((gamma, beta))))
-    norm = cpu.norm_of(op.get_attr("norm"), x.shape, x.dtype.name, lie)
+    """The gradients of sum(dx * ddx) + ... by x, gamma, beta, dy and dsum, by the composite."""
+    x, gamma, beta, _, dy, dsum = op.inputs
+    norm = cpu.norm_of(op.get_attr("norm"), x.shape, x.dtype.name, *_present((gamma, beta)))
     *found, by_dy = _second(norm, x, gamma, beta, dy, cotangents)
-    return (*found, None, by_dy)
+    (adds,) = _present([dsum])
+    return *found, None, by_dy, cotangents[0] if adds else dsum
 
 
 def _second(norm: Norm, x, gamma, beta, dy, cotangents):

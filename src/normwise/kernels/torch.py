@@ -29,6 +29,8 @@ _FEW_CHANNELS = 32
 # than an operator, and those without a mean always: docs/kernels.md has the times.
 _WORTH_AN_OPERATOR = 2**20
 
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
 _EXPORTED = "this call is traced for an export, and runs without normwise then"
 _LACKS = private.missing(private.TORCH)
 _interpreter, _, _modes = (private.find(name.path) for name in private.TORCH.values())
@@ -48,7 +50,7 @@ def kernel_of(engine: Engine) -> Kernel:
     def run(norm, x, operands):
         return _run(engine, norm, x, operands)
 
-    return Kernel(engine.name, why_not, run, is_elsewhere=_is_off_cpu)
+    return Kernel(engine.name, why_not, run, is_elsewhere=_is_off_cpu, adds=True)
 
 
 def _why_not_compiled(engine: Engine, norm: Norm, x) -> str | None:
@@ -106,7 +108,7 @@ def _why_not_here(x) -> str | None:
         return _LACKS
     if torch.jit.is_tracing():
         return _EXPORTED
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
+    if type(x) not in _PLAIN_TYPES:
         return f"x is a {type(x).__name__}, which has no memory of its own"
     if (reason := _transformed()) is not None:
         return reason
@@ -144,7 +146,30 @@ def _is_recorded() -> bool:
 
 
 def _run(engine: Engine, norm: Norm, x, operands: Operands):
-    y_dtype = norm.y_dtype
+    """The result, and with a residual the sum."""
+    if operands.residual is None:
+        return _run_alone(engine, norm, x, operands)
+    if _adds_here(engine, norm, x, operands.residual):
+        return _run_alone(engine, norm, x, operands)
+    total = x + operands.residual
+    norm = norm.with_operands(norm.operands._replace(residual=None))
+    return _run_alone(engine, norm, total, operands._replace(residual=None)), total
+
+
+def _adds_here(engine: Engine, norm: Norm, x, residual) -> bool:
+    """Whether an engine's passes are to add this residual."""
+    return (
+        engine.adds
+        and norm.x_dtype == norm.y_dtype
+        and type(residual) in _PLAIN_TYPES
+        and residual.device == x.device
+        and not (x.is_meta or torch.compiler.is_compiling())
+    )
+
+
+def _run_alone(engine: Engine, norm: Norm, x, operands: Operands):
+    """The result, and where the engine's passes add the residual the sum."""
+    y_dtype, residual = norm.y_dtype, operands.residual
     if norm.x_dtype != y_dtype:
         x, norm = x.to(getattr(torch, norm.dtype)), norm.uniform
     if x.is_meta:
@@ -153,10 +178,13 @@ def _run(engine: Engine, norm: Norm, x, operands: Operands):
     moved = not x.is_contiguous() and _takes_channels(norm.geometry) and _is_channels_last(x)
     if moved:
         x, norm = x.movedim(1, -1), _moved(norm)
+        residual = residual if residual is None else residual.movedim(1, -1)
     if torch.compiler.is_compiling():
         y = torch_op.run(norm, x, operands)
     else:
-        y = _run_now(engine, norm, x, operands)
+        y = _run_now(engine, norm, x, operands._replace(residual=residual))
+    if residual is not None:
+        return tuple(each.movedim(-1, 1) for each in y) if moved else y
     if moved:
         y = y.movedim(-1, 1)
     return y if norm.y_dtype == y_dtype else y.to(getattr(torch, y_dtype))
@@ -165,15 +193,17 @@ def _run(engine: Engine, norm: Norm, x, operands: Operands):
 def _run_now(engine: Engine, norm: Norm, x, operands: Operands):
     x = _plain(x)
     gamma, beta = _beside(x, "gamma", operands.gamma), _beside(x, "beta", operands.beta)
+    residual = operands.residual if operands.residual is None else _plain(operands.residual)
     call = _call(engine, norm)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (gamma is not None and gamma.requires_grad)
         or (beta is not None and beta.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
-        return _Function.apply(x, gamma, beta, call)
-    y, _ = call.forward(x, gamma, beta)
-    return y
+        return _Function.apply(x, gamma, beta, residual, call)
+    y, _, total = call.forward(x, gamma, beta, residual)
+    return y if total is None else (y, total)
 
 
 class _Call:
@@ -192,29 +222,40 @@ class _Call:
         self.arithmetic = getattr(torch, norm.arithmetic)
         self.statistics_shape = norm.geometry.statistics_shape(norm.geometry.shape)
 
-    def forward(self, x, gamma, beta):
-        """The result, and the statistics that the backward pass needs."""
+    def forward(self, x, gamma, beta, residual=None):
+        """The result, the statistics that the backward pass needs, and the sum or None."""
         if _modes():
             # A mode sees torch's own functions only. What is saved for the backward pass is the
             # same as without one, since a checkpoint may be taken under a mode and resumed without.
+            total = None if residual is None else x + residual
+            x = x if total is None else total
             y = composite.run(self.norm, x, Operands(gamma, beta))
-            return y.contiguous(), composite.statistics(self.norm, x)
+            return y.contiguous(), composite.statistics(self.norm, x), total
         y = torch.empty_like(x)
         # Where x is: the default device may be another one.
         statistics = torch.empty(self.statistics_shape, dtype=self.arithmetic, device=x.device)
-        self.on_buffers(*self.buffers(x, gamma, beta, y, statistics))
-        return y, statistics
+        if residual is None:
+            self.on_buffers(*self.buffers(x, gamma, beta, y, statistics))
+            return y, statistics, None
+        total = torch.empty_like(x)
+        self.on_buffers(*self.buffers(x, gamma, beta, y, statistics, residual, total))
+        return y, statistics, total
 
-    def backward(self, x, gamma, beta, dy, statistics, needs):
-        """The gradients by x, gamma and beta, each None where it is not needed."""
+    def backward(self, x, gamma, beta, dy, statistics, needs, dsum=None):
+        """The gradients by x, gamma and beta, each None where it is not needed.
+
+        With a residual x is the sum, whose own gradient is dsum or None.
+        """
         if _modes():
-            return _seen_backward(self.norm, x, gamma, beta, dy, needs)
+            return _seen_backward(self.norm, x, gamma, beta, dy, needs, dsum)
         dy = _plain(dy)
         dx = torch.empty_like(x)
         dgamma = torch.empty_like(gamma) if needs[1] else None
         dbeta = torch.empty_like(beta) if needs[2] else None
-        buffers = self.buffers(x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
-        self.back_on_buffers(*buffers)
+        tensors = (x, gamma, beta, statistics, dy, dx, dgamma, dbeta)
+        if self.norm.operands.residual:
+            tensors = (*tensors, dsum if dsum is None else _plain(dsum))
+        self.back_on_buffers(*self.buffers(*tensors))
         return dx if needs[0] else None, dgamma, dbeta
 
 
@@ -229,29 +270,40 @@ def _call_compiled(norm: Norm, x):
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gamma, beta, call):
-        y, statistics = call.forward(x, gamma, beta)
-        ctx.save_for_backward(x, gamma, beta, statistics)
+    def forward(ctx, x, gamma, beta, residual, call):
+        y, statistics, total = call.forward(x, gamma, beta, residual)
         ctx.call = call
-        return y
+        if total is None:
+            ctx.save_for_backward(x, gamma, beta, statistics)
+            return y
+        ctx.save_for_backward(total, gamma, beta, statistics)
+        # One of the two may have no gradient, and zeros take as long as another pass.
+        ctx.set_materialize_grads(False)
+        return y, total
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx, dy, dsum=None):
+        if dy is None:
+            return dsum, None, None, dsum, None
         x, gamma, beta, statistics = ctx.saved_tensors
-        call, needs = ctx.call, ctx.needs_input_grad[:3]
+        of_x, *others, of_residual, _ = ctx.needs_input_grad
+        call, needs = ctx.call, (of_x or of_residual, *others)
         try:
             dy.data_ptr()
             seen = forward_ad._current_level >= 0
         except RuntimeError:  # many in one, of vmap or is_grads_batched, which have no address
             seen = True
-        if seen:
-            return *_seen_backward(call.norm, x, gamma, beta, dy, needs), None
-        # An autograd function costs as much as a small norm, and only a graph of the gradients
-        # needs this one.
         tensors = (x, gamma, beta, dy, statistics)
-        if torch.is_grad_enabled():
-            return *_Gradient.apply(*tensors, needs, call), None
-        return *call.backward(*tensors, needs), None
+        if seen:
+            dx, *found = _seen_backward(call.norm, *tensors[:4], needs, dsum)
+        elif torch.is_grad_enabled():
+            # An autograd function costs as much as a small norm, and only a graph of the gradients
+            # needs this one.
+            dx, *found = _Gradient.apply(*tensors, needs, call)
+            dx = dx if dsum is None or dx is None else dx + dsum
+        else:
+            dx, *found = call.backward(*tensors, needs, dsum)
+        return dx, *found, dx if of_residual else None, None
 
 
 class _Gradient(torch.autograd.Function):
@@ -276,7 +328,7 @@ class _Gradient(torch.autograd.Function):
         return *second, None, None, None
 
 
-def _seen_backward(norm: Norm, x, gamma, beta, dy, needs):
+def _seen_backward(norm: Norm, x, gamma, beta, dy, needs, dsum=None):
     """The backward pass in operations of torch, differentiable and for many dy at a time."""
     further = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -284,7 +336,8 @@ def _seen_backward(norm: Norm, x, gamma, beta, dy, needs):
         inputs = [t.view_as(t) if n else t for t, n in zip((x, gamma, beta), needs, strict=True)]
         y = composite.run(norm, inputs[0], Operands(*inputs[1:]))
         wanted = [t if n else None for t, n in zip(inputs, needs, strict=True)]
-        return _gradients([y], wanted, [dy], create_graph=further)
+        dx, *found = _gradients([y], wanted, [dy], create_graph=further)
+        return [dx if dsum is None or dx is None else dx + dsum, *found]
 
 
 def _gradients(outputs, inputs, cotangents, **options):
@@ -459,7 +512,7 @@ def _engines() -> tuple[Kernel, ...]:
     """Those of the CPU and of GPUs, of which the one that will have most calls is asked first."""
     native, on_gpu = (
         _native(),
-        Kernel(gpu.NAME, _why_not_on_gpu, _run_on_gpu, is_elsewhere=_is_off_gpu),
+        Kernel(gpu.NAME, _why_not_on_gpu, _run_on_gpu, is_elsewhere=_is_off_gpu, adds=True),
     )
     first = gpu.interpreted() or torch.cuda.is_available()
     return (on_gpu, native) if first else (native, on_gpu)

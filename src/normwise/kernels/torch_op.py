@@ -10,7 +10,7 @@ import torch
 
 from normwise.activations import Activation
 from normwise.geometry import Geometry
-from normwise.norm import SHARED, Norm, Operands
+from normwise.norm import PER_SAMPLE, SHARED, Norm, Operands
 
 _TENSORS = "Tensor x, Tensor? gamma, Tensor? beta"
 _LIBRARY = torch.library.Library("normwise", "DEF")
@@ -68,7 +68,8 @@ def implement(call_of, beside):
     def forward(x, gamma, beta, *norm):
         x = beside(x, "x", x)
         gamma, beta = beside(x, "gamma", gamma), beside(x, "beta", beta)
-        return call_of(_norm(x, gamma, beta, norm), x).forward(x, gamma, beta)
+        y, statistics, _ = call_of(_norm(x, gamma, beta, norm), x).forward(x, gamma, beta)
+        return y, statistics
 
     def backward(x, gamma, beta, dy, statistics, needs, *norm):
         x = beside(x, "x", x)
@@ -87,15 +88,15 @@ def _text(norm: Norm) -> str:
     """What is fixed in a graph: the norm but for its numbers, and the extents and dtype of x."""
     geometry = norm.geometry
     outer_end, before_end, channels_end = geometry.ends
-    flags = f"{int(geometry.keeps_after)} {int(norm.subtract_mean)}"
+    flags = f"{int(geometry.keeps_after)} {int(norm.subtract_mean)} {int(norm.per_sample)}"
     return f"{outer_end} {before_end} {channels_end} {flags} {norm.activation.name}"
 
 
-def _parsed(text: str) -> tuple[tuple[int, int, int], bool, bool, str]:
-    """What `_text` wrote: the ends, keeps_after, subtract_mean and the activation's name."""
+def _parsed(text: str) -> tuple[tuple[int, int, int], bool, bool, bool, str]:
+    """What `_text` wrote: the ends, three facts of the norm and the activation's name."""
     *numbers, activation = text.split()
-    *ends, keeps_after, subtract_mean = map(int, numbers)
-    return tuple(ends), bool(keeps_after), bool(subtract_mean), activation
+    *ends, keeps_after, subtract_mean, per_sample = map(int, numbers)
+    return tuple(ends), bool(keeps_after), bool(subtract_mean), bool(per_sample), activation
 
 
 def _norm(x, gamma, beta, norm) -> Norm:
@@ -104,9 +105,10 @@ def _norm(x, gamma, beta, norm) -> Norm:
 
 @functools.lru_cache(maxsize=1024)
 def _norm_of(shape, dtype, has_gamma, has_beta, text, groups, epsilon, slope) -> Norm:
-    ends, keeps_after, subtract_mean, activation = _parsed(text)
+    ends, keeps_after, subtract_mean, per_sample, activation = _parsed(text)
     per = ("outer", "after" if keeps_after else "groups")
     name = str(dtype).removeprefix("torch.")
+    lies = PER_SAMPLE if per_sample else SHARED
     return Norm(
         Geometry(shape, ends, groups, per),
         name,
@@ -114,7 +116,7 @@ def _norm_of(shape, dtype, has_gamma, has_beta, text, groups, epsilon, slope) ->
         epsilon,
         subtract_mean,
         Activation(activation, slope),
-        Operands(SHARED if has_gamma else None, SHARED if has_beta else None),
+        Operands(lies if has_gamma else None, lies if has_beta else None),
     )
 
 
