@@ -1,5 +1,6 @@
 """The norms as Keras layers, with TensorFlow Addons' arguments and names."""
 
+from normwise.layers.global_response import GlobalResponseNormalization
 from normwise.layers.group import GroupNormalization, InstanceNormalization
 from normwise.layers.layer import LayerNormalization, RMSNormalization
 from normwise.layers.response import TLU, FilterResponseNormalization
@@ -9,6 +10,7 @@ from normwise.layers.weight import WeightNormalization
 __all__ = [
     "TLU",
     "FilterResponseNormalization",
+    "GlobalResponseNormalization",
     "GroupNormalization",
     "InstanceNormalization",
     "LayerNormalization",
