@@ -4,6 +4,7 @@ from normwise.layers.global_response import GlobalResponseNormalization
 from normwise.layers.group import GroupNormalization, InstanceNormalization
 from normwise.layers.layer import LayerNormalization, RMSNormalization
 from normwise.layers.response import TLU, FilterResponseNormalization
+from normwise.layers.reversible import ReversibleInstanceNormalization
 from normwise.layers.spectral import SpectralNormalization
 from normwise.layers.weight import WeightNormalization
 
@@ -15,6 +16,7 @@ __all__ = [
     "InstanceNormalization",
     "LayerNormalization",
     "RMSNormalization",
+    "ReversibleInstanceNormalization",
     "SpectralNormalization",
     "WeightNormalization",
 ]
