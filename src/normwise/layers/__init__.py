@@ -6,6 +6,7 @@ from normwise.layers.layer import LayerNormalization, RMSNormalization
 from normwise.layers.response import TLU, FilterResponseNormalization
 from normwise.layers.reversible import ReversibleInstanceNormalization
 from normwise.layers.spectral import SpectralNormalization
+from normwise.layers.standardization import WeightStandardization
 from normwise.layers.weight import WeightNormalization
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "ReversibleInstanceNormalization",
     "SpectralNormalization",
     "WeightNormalization",
+    "WeightStandardization",
 ]
