@@ -52,8 +52,9 @@ class WeightStandardization(KernelWrapper):
     Numerics: the kernel is computed in float32 (float64 for float64), from deviations from the mean
     and not from squares, and rounded to the layer's compute dtype once. Equal weights become zeros.
 
-    Differences from the authors' programs: that of 2019 adds 1e-5 to the root, and that of NFNets
-    takes max(var * fan_in, 1e-4) for var * fan_in; timm has the formula above for both.
+    Differences from the authors' programs: that of 2019 adds 1e-5 to the root and not to the
+    variance, which on PyTorch is the unbiased one, and that of NFNets takes max(var * fan_in, 1e-4)
+    for fan_in * (var + epsilon). timm has the formulas above.
 
     Reference: Qiao et al., Micro-Batch Training with Batch-Channel Normalization and Weight
         Standardization, 2019, https://arxiv.org/abs/1903.10520. Scaled: Brock et al.,
