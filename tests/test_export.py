@@ -33,8 +33,29 @@ def model():
     return model
 
 
+@pytest.fixture
+def model_of_others():
+    """What is no norm of x alone: of kernels, of channels that compete, and one used both ways."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6, 5, 8), name="image")
+    convolution = keras.layers.Conv2D(3, 2, padding="same")
+    y = layers.WeightStandardization(convolution, scaled=True, name="standardized")(inputs)
+    y = layers.GlobalResponseNormalization(name="response")(y)
+    y = keras.layers.Reshape((30, 3))(y)
+    norm = layers.ReversibleInstanceNormalization(name="reversible")
+    y, statistics = norm(y)
+    y = norm.invert(keras.layers.Dense(3)(y), statistics)
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(y))
+    for name in ("response", "reversible"):
+        randomize(model.get_layer(name))
+    return model
+
+
 def images(count, *extents):
     return samples((count, *(extents or (6, 5)), 8))
+
+
+both_models = pytest.mark.parametrize("which", ["model", "model_of_others"])
 
 
 def predict_elsewhere(program, artefact, x):
@@ -79,9 +100,10 @@ def predict(x):
 # Of Keras's call of jax2tf.
 @pytest.mark.filterwarnings("ignore:The `native_serialization:DeprecationWarning")
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel from PyTorch")
-def test_a_saved_model_runs_without_normwise(model, tmp_path, capfd):
+@both_models
+def test_a_saved_model_runs_without_normwise(which, request, tmp_path, capfd):
     pytest.importorskip("tensorflow")
-    x = images(3)
+    model, x = request.getfixturevalue(which), images(3)
     # Traced with the native kernels first, of which the export must not make use.
     want = model.predict(x, verbose=0)
     model.export(tmp_path / "model", verbose=False)
@@ -106,8 +128,11 @@ def missing_for_onnx():
 # Of PyTorch's tracer and exporter: that they are old, and that the channels become a constant.
 @pytest.mark.filterwarnings("ignore::Warning")
 @pytest.mark.skipif(missing_for_onnx() is not None, reason=str(missing_for_onnx()))
-@pytest.mark.parametrize("fixed", [True, False], ids=["fixed extents", "any extents"])
-def test_an_onnx_file_runs_without_normwise(model, fixed, tmp_path):
+@pytest.mark.parametrize(
+    ("which", "fixed"), [("model", True), ("model", False), ("model_of_others", True)]
+)
+def test_an_onnx_file_runs_without_normwise(which, request, fixed, tmp_path):
+    model = request.getfixturevalue(which)
     if not fixed:
         inputs = keras.Input((None, None, 8))
         y = model.get_layer("group")(inputs)
