@@ -134,8 +134,8 @@ class ReversibleInstanceNormalization(Parametric):
 
         Args:
             inputs: the series.
-            mask: bool (batch, time), or of the shape of the inputs, True = keep; leaves elements
-                out of the statistics.
+            mask: bool, of the shape of the inputs or of their first axes, as (batch, time) where
+                axis is 1, True = keep; leaves elements out of the statistics.
             statistics: those of a series that was normalized.
 
         Returns:
