@@ -166,8 +166,9 @@ def test_the_statistics_are_the_same_everywhere(plan):
     for subtract_mean in (True, False):
         (x, gamma, beta), _ = operands(plan)
         norm = norm_of(plan, "float32", subtract_mean=subtract_mean)
-        found = kernel._NATIVE.forward.bind(x, gamma, beta, norm=norm)
-        expected = jax.jit(functools.partial(kernel._meant_forward, norm=norm))(x, gamma, beta)
+        tensors = x, gamma, beta, jnp.zeros(0)
+        found = kernel._NATIVE.forward.bind(*tensors, norm=norm)
+        expected = jax.jit(functools.partial(kernel._meant_forward, norm=norm))(*tensors)
         assert_same(found, expected, 1e-6)
 
 
@@ -300,8 +301,10 @@ def test_an_exported_program_takes_any_batch():
 def test_a_call_that_does_not_fit_is_an_error():
     (x, gamma, beta), _ = operands(geometry.group((2, 5, 6), -1, 3))
     norm = norm_of(geometry.group((2, 5, 8), -1, 4), "float32")
+    bind = jax.jit(kernel._NATIVE.forward.bind, static_argnames="norm")
+    absent = jnp.zeros(0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="groups must divide the channels"):
-        jax.jit(kernel._NATIVE.forward.bind, static_argnames="norm")(x, gamma, beta, norm=norm)
+        bind(x, gamma, beta, absent, norm=norm)
 
 
 SHARDED = """

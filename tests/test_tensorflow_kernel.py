@@ -520,6 +520,10 @@ def test_other_devices_get_the_composite():
         ({"norm": b"short"}, "the norm is of another version of normwise"),
         ({"dy": np.zeros((1, 3, 4, 6), "float32")}, "dy must have the shape of x"),
         ({"statistics": np.zeros((2, 3), "float32")}, "those of the forward pass"),
+        ({"residual": np.zeros((1, 3, 4, 6), "float32")}, "residual and dsum must have the shape"),
+        ({"dsum": np.zeros((2, 3, 4, 5), "float32")}, "residual and dsum must have the shape"),
+        ({"per_sample": 1}, "one element per channel .and sample, where they have their own"),
+        ({"per_sample": 1, "outer_end": 0}, "per_sample needs axis 0 to belong to outer"),
     ],
 )
 def test_ops_refuse_what_does_not_fit(changed, message):
@@ -532,10 +536,13 @@ def test_ops_refuse_what_does_not_fit(changed, message):
     for name in dict(described._fields_).keys() & changed.keys():
         setattr(described, name, changed.pop(name))
     inputs = {"x": x, "gamma": gamma, "beta": beta, "norm": bytes(described)}
-    op = ops.normwise_forward
-    if changed.keys() & {"dy", "statistics"}:
+    absent = np.zeros(0, "float32")
+    if changed.keys() & {"dy", "statistics", "dsum"}:
         op = ops.normwise_backward
-        inputs |= {"dy": dy, "statistics": np.zeros((2, 2, 3), "float32")}
+        inputs |= {"dy": dy, "statistics": np.zeros((2, 2, 3), "float32"), "dsum": absent}
+    else:
+        op = ops.normwise_forward
+        inputs |= {"residual": absent}
     with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         op(**(inputs | changed))
 
@@ -545,7 +552,7 @@ def test_ops_refuse_what_does_not_fit(changed, message):
 def test_a_description_tells_the_norm(case, fused):
     norm = norm_of(case.plan(), "float32", NONE, case.subtract_mean, fused.activation)
     described = bytes(cpu.describe(norm))
-    same = cpu.norm_of(described, case.shape, "float32", NONE)
+    same = cpu.norm_of(described, case.shape, "float32", has_gamma=False, has_beta=False)
     assert bytes(cpu.describe(same)) == described
     assert same.of(norm.geometry) == norm
     assert same.geometry.extents == norm.geometry.extents

@@ -175,7 +175,7 @@ def test_an_engine_that_was_added_is_not_taken_for_the_native_one():
 
 
 def test_the_operators_keep_their_promises():
-    inputs = (samples(2, 6, 5, 4), *parameters(), "1 1 2 0 1 silu", 3, 1e-3, 0.0)
+    inputs = (samples(2, 6, 5, 4), *parameters(), "1 1 2 0 1 0 silu", 3, 1e-3, 0.0)
     torch.library.opcheck(torch.ops.normwise.forward, inputs, test_utils="test_schema")
     torch.library.opcheck(torch.ops.normwise.forward, inputs, test_utils="test_faketensor")
     _, statistics = torch.ops.normwise.forward(*inputs)
