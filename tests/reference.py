@@ -42,7 +42,8 @@ class Norm:
     """y = gamma * (x - mean) / sqrt(var + epsilon) + beta, and what its gradients need.
 
     Not centred, the mean is 0 and var is the mean square. `keep` marks the elements that count for
-    the statistics; a set without any has mean 0 and variance 1.
+    the statistics; a set without any has mean 0 and variance 1. How gamma and beta lie is told by
+    their shapes: of the parameter axes, of these behind the batch, or of the rank of x.
     """
 
     x: np.ndarray
@@ -68,7 +69,7 @@ class Norm:
         squares = np.where(self.keep > 0, deviation, 0) ** 2
         self.mean = mean
         self.variance = np.where(some, self.sums(squares) / self.count, 1)
-        root = np.sqrt(self.variance + self.epsilon)
+        self.deviation = root = np.sqrt(self.variance + self.epsilon)
         # (equal elements at epsilon 0) deviate by 0 and stay 0.
         self.inv_std = np.divide(1, root, out=np.zeros_like(root), where=root != 0)
         self.normalized = deviation * self.inv_std
@@ -85,22 +86,41 @@ class Norm:
 
     def spread(self, parameter):
         """A parameter in a shape that broadcasts against x."""
-        shape = [n if a in self.parameter_axes else 1 for a, n in enumerate(self.x.shape)]
-        return np.reshape(np.asarray(parameter, np.float64), shape)
+        parameter = np.asarray(parameter, np.float64)
+        if parameter.ndim == self.x.ndim:
+            return parameter
+        axes = self.parameter_axes
+        spanned = (0, *axes) if parameter.ndim > len(axes) else axes
+        extents = iter(parameter.shape)
+        return parameter.reshape([next(extents) if a in spanned else 1 for a in range(self.x.ndim)])
 
-    def gather(self, values):
+    def gather(self, values, parameter=None):
         """The sum of what each element of a parameter receives, in the parameter's shape."""
-        others = tuple(a for a in range(self.x.ndim) if a not in self.parameter_axes)
-        return np.sum(values, axis=others)
+        if parameter is None:
+            parameter = np.empty([self.x.shape[a] for a in self.parameter_axes])
+        spread = self.spread(parameter).shape
+        others = tuple(a for a, n in enumerate(spread) if n != self.x.shape[a])
+        return np.sum(values, axis=others, keepdims=True).reshape(np.shape(parameter))
 
-    def gradients(self, dy):
-        """The gradients of sum(y * dy) by x, gamma and beta.
+    def per_set(self, cotangent):
+        """The sum over a set of a cotangent of its mean or deviation, which broadcasts to x.
 
-        With h = dy * gamma, n kept elements in the set, k = 1 where an element is kept, else 0:
+        Where several of its elements belong to one set, each of them is a copy of the same number.
+        """
+        copies = self.x.size / max(np.size(cotangent), 1)
+        return self.sums(np.broadcast_to(cotangent, self.x.shape)) / max(copies, 1)
+
+    def gradients(self, dy, dmean=0.0, ddeviation=0.0):
+        """The gradients of sum(y * dy) + sum(mean * dmean) + sum(deviation * ddeviation).
+
+        They are by x, gamma and beta. With h = dy * gamma, n kept elements in the set, k = 1 where
+        an element is kept, else 0:
 
             dx = inv_std * (h - k/n * sum(h) - k/n * normalized * sum(h * normalized))
+                 + k/n * sum(dmean) + k/n * normalized * sum(ddeviation)
 
-        where the first sum is the mean's part and the second the variance's.
+        where the first sum is the mean's part and the second the variance's. The deviation is
+        sqrt(var + epsilon); its cotangent and that of the mean are told by `per_set`.
         """
         dy = np.asarray(dy, np.float64)
         h = dy * self.scale
@@ -108,7 +128,11 @@ class Norm:
         dx = h - share * self.normalized * self.sums(h * self.normalized)
         if self.centred:
             dx = dx - share * self.sums(h)
-        return dx * self.inv_std, self.gather(dy * self.normalized), self.gather(dy)
+        dx = dx * self.inv_std + share * self.normalized * self.per_set(ddeviation)
+        if self.centred:
+            dx = dx + share * self.per_set(dmean)
+        dgamma = self.gather(dy * self.normalized, self.gamma)
+        return dx, dgamma, self.gather(dy, self.beta)
 
     # Tolerances. One rounding of an operand as large as the mean moves y by eps * |mean| / std; all
     # else is a few roundings of terms as large as those listed. `units` counts the roundings. A sum
@@ -124,12 +148,20 @@ class Norm:
         terms = np.abs(self.scale) * self.ratio() + size + np.abs(self.shift)
         return eps * (units * terms + np.sqrt(self.count) * size)
 
-    def gradient_tolerances(self, dy, eps, units=32):
+    def statistics_tolerances(self, eps, units=16):
+        """How far a right mean and a right deviation may be off."""
+        lost = eps * np.sqrt(self.count) * self.deviation
+        mean = eps * units * (np.abs(self.mean) + self.deviation) + lost
+        return mean, eps * units * self.ratio() * self.deviation + lost
+
+    def gradient_tolerances(self, dy, eps, units=32, dmean=0.0, ddeviation=0.0):
         """The same for the gradients; sums of many terms may lose eps * sqrt(terms)."""
         h = np.abs(np.asarray(dy, np.float64) * self.scale)
         size = np.abs(self.normalized)
         per_set = np.sqrt(self.count) * units * eps
         terms = h + (self.sums(h) + size * self.sums(h * size)) / self.count
-        dx = per_set * self.ratio() * self.inv_std * terms
+        pulled = self.per_set(np.abs(dmean)) + size * self.per_set(np.abs(ddeviation))
+        dx = per_set * self.ratio() * (self.inv_std * terms + pulled / self.count)
         weight = units * eps * self.ratio() * np.abs(np.asarray(dy, np.float64))
-        return dx, self.gather(weight * (1 + size)), self.gather(weight)
+        dgamma = self.gather(weight * (1 + size), self.gamma)
+        return dx, dgamma, self.gather(weight, self.beta)

@@ -28,14 +28,45 @@ def test_gradients_are_slopes(case, masked):
     def norm(x, gamma, beta):
         return reference.Norm(x, gamma, beta, labels, axes, centred=centred, keep=keep)
 
-    for index, gradient in enumerate(norm(*point).gradients(dy)):
+    def value(*point):
+        return np.sum(norm(*point).y * dy)
+
+    check_slopes(value, point, norm(*point).gradients(dy), rng)
+
+
+def check_slopes(value, point, gradients, rng):
+    """Hold each gradient against the change of `value` along a random direction."""
+    for index, gradient in enumerate(gradients):
         step = rng.normal(size=point[index].shape)
         ends = []
         for h in (1e-5, -1e-5):
             moved = list(point)
             moved[index] = point[index] + h * step
-            ends.append(np.sum(norm(*moved).y * dy))
+            ends.append(value(*moved))
         assert np.sum(gradient * step) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-7)
+
+
+# Shapes of gamma and of beta: of each sample, of each element, and mixed with what all share.
+LIES = [((3, 6), (3, 6)), ((3, 6), (6,)), ((3, 4, 6), (1, 4, 1)), ((3, 1, 6), (3, 6))]
+
+
+@pytest.mark.parametrize("lies", LIES)
+@pytest.mark.parametrize("centred", [True, False])
+def test_gradients_of_statistics_and_of_parameters_that_lie_otherwise(lies, centred):
+    labels, rng = CASES["group"][0], np.random.default_rng(2)
+    keep = rng.random(labels.shape) > 0.3
+    point = [rng.normal(2, 3, labels.shape), *(rng.normal(size=shape) for shape in lies)]
+    dy, dmean, ddeviation = (rng.normal(size=s) for s in (labels.shape, (3, 1, 6), (3, 1, 6)))
+
+    def norm(x, gamma, beta):
+        return reference.Norm(x, gamma, beta, labels, (2,), centred=centred, keep=keep)
+
+    def value(*point):
+        found = norm(*point)
+        mean, deviation = (each[:, :1] for each in (found.mean, found.deviation))
+        return np.sum(found.y * dy) + np.sum(mean * dmean) + np.sum(deviation * ddeviation)
+
+    check_slopes(value, point, norm(*point).gradients(dy, dmean, ddeviation), rng)
 
 
 def test_labels_by_hand():
