@@ -146,13 +146,13 @@ def dtype_name(dtype: DType) -> str:
     return keras.backend.standardize_dtype(dtype)
 
 
-def check_dtype(dtype: DType) -> str:
+def check_dtype(dtype: DType, name: str = "x") -> str:
     """Return the name of an input's dtype if a norm is defined on its numbers."""
     dtype = dtype_name(dtype)
     if "complex" in dtype:
         raise TypeError(
-            f"x has dtype {dtype}, and no norm is defined on complex numbers; normalize its real "
-            "and imaginary parts, or its modulus"
+            f"{name} has dtype {dtype}, and no norm is defined on complex numbers; normalize its "
+            "real and imaginary parts, or its modulus"
         )
     return dtype
 
@@ -187,12 +187,18 @@ def check_shapes(geometry: Geometry, operands: Operands) -> Operands:
             f"learned_epsilon has shape {tuple(learned_epsilon.shape)}, but it is one number for "
             "all channels; pass a tensor of shape () or (1,)"
         )
-    if residual is not None and not _fits(residual.shape, geometry.shape):
+    if residual is not None:
+        _check_residual(geometry, residual)
+    return lie
+
+
+def _check_residual(geometry: Geometry, residual: Tensor) -> None:
+    check_dtype(residual.dtype, "residual")
+    if not _fits(residual.shape, geometry.shape):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}, but it is added to x of shape "
             f"{geometry.shape}; pass a tensor of that shape"
         )
-    return lie
 
 
 def _lies(geometry: Geometry, name: str, shape: Shape) -> str:

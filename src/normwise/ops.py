@@ -453,8 +453,9 @@ class _Operation(keras.Operation):
         lie = check_shapes(norm.geometry, operands)
         if operands.mask is not None:
             operands = operands._replace(mask=_beside(x, operands.mask))
-        if gamma_offset and operands.gamma is not None:
-            operands = operands._replace(gamma=operands.gamma + check_offset(gamma_offset))
+        offset = check_offset(gamma_offset)
+        if offset and operands.gamma is not None:
+            operands = operands._replace(gamma=operands.gamma + offset)
         if operands.residual is None and not return_statistics and lie == norm.operands:
             y = dispatch.choose(norm, x).run(norm, x, operands)
             return function(y) if fused is None else y
