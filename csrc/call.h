@@ -11,6 +11,7 @@ namespace normwise {
 struct Norm {
   int64_t outer, before, groups, members, after;
   int64_t samples;   // that have a gamma and a beta of their own each; 1 where all share theirs
+  bool per_sample;   // whether they have, which one sample alone may too
   bool keeps_after;  // only with before == groups == 1
   bool subtract_mean;
   int32_t dtype;

@@ -223,6 +223,7 @@ Norm resolve(const NormwiseNorm& norm, int32_t dtype, int32_t rank, const int64_
           channels == 0 ? 0 : channels / norm.groups,
           product(norm.channels_end, rank),
           norm.per_sample != 0 ? extents[0] : 1,
+          norm.per_sample != 0,
           norm.keeps_after != 0,
           norm.subtract_mean != 0,
           dtype,

@@ -37,7 +37,7 @@ struct Batches {
         members(call.norm.members) {
     const int64_t row_bytes = members * int64_t(sizeof(T));
     // Not so where samples have sums of their own, which would be other ones in a larger batch.
-    rows = samples == 1 && call.from_memory && row_bytes < kPageBytes
+    rows = !call.norm.per_sample && call.from_memory && row_bytes < kPageBytes
                ? kStreamedBytes[call.dy != nullptr] / row_bytes
                : std::max<int64_t>(kRowsTogether<T>, kBatchElements / members);
     rows = std::clamp<int64_t>(rows, 1, kLanes<A>);

@@ -149,7 +149,9 @@ class Tensor {
   int64_t extent(int axis) const { return tf.Dim(tensor_, axis); }
   int64_t elements() const { return tf.TensorElementCount(tensor_); }
   void* data() const { return tf.TensorData(tensor_); }
-  // A gamma, beta or residual of no elements stands for none.
+  // A gamma, beta, residual or dsum that is an empty vector stands for none. One of more axes is
+  // another batch's, or has no less elements than it should.
+  bool absent() const { return rank() == 1 && elements() == 0; }
   void* data_if_any() const { return elements() == 0 ? nullptr : data(); }
 
  private:
@@ -229,15 +231,15 @@ struct Operands : NormwiseOperands {
 
 // gamma or beta: absent, or one element per channel, of each sample where they have their own.
 void require_parameter(const Tensor& parameter, const normwise::Norm& norm, Status& status) {
-  const int64_t elements = status.ok() ? parameter.elements() : 0;
-  status.require(elements == 0 || elements == norm.parameters(),
+  if (!status.ok() || parameter.absent()) return;
+  status.require(parameter.elements() == norm.parameters(),
                  "gamma and beta must each have one element per channel (and sample, where they "
                  "have their own), or none at all");
 }
 
 // The residual or the gradient of the sum: absent, or like x.
 void require_like_if_any(const Tensor& tensor, const Shape& shape, Status& status) {
-  if (status.ok() && tensor.elements() > 0) {
+  if (status.ok() && !tensor.absent()) {
     status.require(shape == Shape(tensor), "residual and dsum must have the shape of x");
   }
 }
