@@ -10,6 +10,7 @@ if keras.backend.backend() != "torch":
 import torch
 from torch.autograd import forward_ad
 
+import normwise
 from normwise import layers, ops
 
 
@@ -174,3 +175,149 @@ def test_tensors_whose_memory_is_not_their_values():
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="storage was freed"):
         ops.layer_norm(freed)
+
+
+def modulated(x, residual, gamma):
+    """A residual, a gamma for each sample and the statistics, in one tensor."""
+    options = {"groups": 3, "axis": 1, "return_statistics": True}
+    results = ops.group_norm(x, gamma, residual=residual, **options)
+    return torch.cat([each.reshape(-1) for each in results])
+
+
+def three(dtype=torch.float64):
+    """x, a residual and a gamma for each sample."""
+    shapes = (2, 6, 3, 4), (2, 6, 3, 4), (2, 6)
+    return [(samples(*shape) + i).to(dtype) for i, shape in enumerate(shapes)]
+
+
+def composed(*arrays):
+    with normwise.use_kernels("composite"):
+        return modulated(*arrays)
+
+
+def slopes(function, arrays, **options):
+    arrays = [each.requires_grad_() for each in arrays]
+    return torch.autograd.grad(function(*arrays).sin().sum(), arrays, **options)
+
+
+def lay_channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def lay_in_gaps(x):
+    return torch.stack([x, x], -1)[..., 0]
+
+
+@pytest.mark.parametrize("lay", [lay_channels_last, lay_in_gaps])
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)])
+def test_operands_in_memory_of_any_order(lay, which):
+    arrays = three()
+    want, wanted = composed(*arrays), slopes(composed, arrays)
+    laid = [lay(a.detach()) if i in which else a.detach() for i, a in enumerate(arrays)]
+    assert_same(modulated(*laid), want)
+    for f, w in zip(slopes(modulated, laid), wanted, strict=True):
+        assert_same(f, w)
+
+
+def test_an_expanded_residual():
+    x, _, gamma = three()
+    one = samples(6, 1, 1).requires_grad_()
+
+    def function(x, one, gamma):
+        return modulated(x, one.expand(2, 6, 3, 4), gamma)
+
+    def readable(x, one, gamma):
+        return composed(x, one.expand(2, 6, 3, 4).clone(), gamma)
+
+    found, want = (slopes(f, [x, one, gamma]) for f in (function, readable))
+    for f, w in zip(found, want, strict=True):
+        assert_same(f, w)
+
+
+def test_operands_of_meta_tensors():
+    x, residual, gamma = (each.to("meta").bfloat16() for each in three())
+    # Keras takes tensors to the device in force.
+    with keras.device("meta"):
+        y, total, mean, _ = ops.instance_norm(
+            x, gamma, axis=1, residual=residual, return_statistics=True
+        )
+    assert [each.shape for each in (y, total, mean)] == [x.shape, x.shape, (2, 6, 1, 1)]
+    assert (y.device.type, total.dtype, mean.dtype) == ("meta", torch.bfloat16, torch.float32)
+
+
+# Torch's own, on the way to forward mode.
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_derivatives_of_operands():
+    arrays = three()
+    directions = [each.cos() for each in arrays]
+    want, wanted = torch.func.jvp(composed, tuple(arrays), tuple(directions))
+    found, tangent = torch.func.jvp(modulated, tuple(arrays), tuple(directions))
+    assert_same(found, want)
+    assert_same(tangent, wanted)
+    with forward_ad.dual_level():
+        pairs = [forward_ad.make_dual(*pair) for pair in zip(arrays, directions, strict=True)]
+        assert_same(forward_ad.unpack_dual(modulated(*pairs)).tangent, wanted)
+
+    def second(function):
+        first = slopes(function, arrays, create_graph=True)
+        return torch.autograd.grad(sum(each.sin().sum() for each in first), arrays)
+
+    for f, w in zip(second(modulated), second(composed), strict=True):
+        assert_same(f, w, 1e-10)
+
+
+def test_transforms_of_operands():
+    arrays = [torch.stack([each, each.cos()]) for each in three()]
+
+    def slope(*arrays):
+        return torch.func.grad(lambda *a: modulated(*a).sin().sum(), (0, 1, 2))(*arrays)
+
+    for i, one in enumerate(zip(*arrays, strict=True)):
+        assert_same(torch.func.vmap(modulated)(*arrays)[i], modulated(*one))
+        for f, w in zip(torch.func.vmap(slope)(*arrays), slope(*one), strict=True):
+            assert_same(f[i], w)
+    found = torch.func.vmap(modulated, (0, None, None))(arrays[0], arrays[1][0], arrays[2][0])
+    assert_same(found[1], modulated(arrays[0][1], arrays[1][0], arrays[2][0]))
+
+
+# Of torch's own compiler and exporter.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_operands_in_graphs():
+    arrays = three(torch.float32)
+    want, wanted = modulated(*arrays), slopes(modulated, arrays)
+    compiled = torch.compile(modulated, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(*arrays), want, 1e-5)
+    for f, w in zip(slopes(compiled, arrays), wanted, strict=True):
+        assert_same(f, w, 1e-5)
+
+    class Module(torch.nn.Module):
+        def forward(self, x, residual, gamma):
+            return modulated(x, residual, gamma)
+
+    batch = torch.export.Dim("batch")
+    dims = {name: {0: batch} for name in ("x", "residual", "gamma")}
+    arrays = [each.detach() for each in arrays]
+    program = torch.export.export(Module(), tuple(arrays), dynamic_shapes=dims)
+    assert_same(program.module()(*arrays), want, 1e-5)
+    more = [torch.cat([each, each]) for each in arrays]
+    assert_same(program.module()(*more), modulated(*more), 1e-5)
+
+
+def test_operands_through_a_checkpoint_and_autocast():
+    from torch.utils.checkpoint import checkpoint
+    from torch.utils.flop_counter import FlopCounterMode
+
+    arrays = three()
+    want = slopes(modulated, arrays)
+
+    def saved(*arrays):
+        with FlopCounterMode(display=False):
+            return checkpoint(modulated, *arrays, use_reentrant=False)
+
+    for f, w in zip(slopes(saved, arrays), want, strict=True):
+        assert_same(f, w, 1e-10)
+    single = three(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = modulated(*single)
+    assert found.dtype == torch.float32
+    assert_same(found, modulated(*single), 0)

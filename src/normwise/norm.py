@@ -220,9 +220,10 @@ def _lies(geometry: Geometry, name: str, shape: Shape) -> str:
 
 def _fits(shape: Shape, expected: Shape) -> bool:
     """Whether two shapes are equal as far as their extents are known."""
-    return shape == expected or (
-        len(shape) == len(expected)
-        and all(
+    # Lengths first: to compare a symbol of torch's exporters with a number would bind it.
+    return len(shape) == len(expected) and (
+        shape == expected
+        or all(
             e == s
             for s, e in zip(shape, expected, strict=True)
             if isinstance(s, int) and e is not None
