@@ -35,6 +35,20 @@ CASES = {
     "root mean square": (ops.rms_norm, {}, (4, 6, 8), (None, None, both)),
 }
 rng = np.random.default_rng(0)
+
+def check(name, program, arrays, splits, ours):
+    # On split arrays it gathers nothing, leaves `ours` of its results as x is, and is right.
+    spread = [a if a is None else jax.device_put(a, s) for a, s in zip(arrays, splits)]
+    text = program.lower(*spread).compile().as_text()
+    assert "all-gather" not in text and "all-to-all" not in text, (name, text)
+    results = program(*spread)
+    for there in ours(results):
+        assert there.sharding.is_equivalent_to(splits[0], there.ndim), (name, there.sharding)
+    for found, one in zip(jax.tree.leaves(results), jax.tree.leaves(program(*arrays))):
+        error = np.abs(np.asarray(found) - np.asarray(one)).max()
+        # x is of 500 deviations from 0, and so are its roundings.
+        assert error <= 1e-3 * (1 + np.abs(one).max()), (name, error)
+
 for name, (norm, options, shape, names) in CASES.items():
     split, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (names, ()))
     x = rng.normal(1e3, 2, shape).astype("float32")
@@ -47,18 +61,23 @@ for name, (norm, options, shape, names) in CASES.items():
                 lambda *arrays: norm(*arrays, activation="silu", **options), x, gamma, beta)
             return y, pull(jnp.sin(x))
 
-        program = jax.jit(function)
-        spread = [jax.device_put(x, split)]
-        spread += [p if p is None else jax.device_put(p, whole) for p in given]
-        text = program.lower(*spread).compile().as_text()
-        assert "all-gather" not in text and "all-to-all" not in text, (name, text)
-        y, slopes = program(*spread)
-        for there in (y, slopes[0]):
-            assert there.sharding.is_equivalent_to(split, there.ndim), (name, there.sharding)
-        for found, one in zip(jax.tree.leaves((y, slopes)), jax.tree.leaves(program(x, *given))):
-            error = np.abs(np.asarray(found) - np.asarray(one)).max()
-            # x is of 500 deviations from 0, and so are its roundings.
-            assert error <= 1e-3 * (1 + np.abs(one).max()), (name, error)
+        splits = [split, whole, whole]
+        check(name, jax.jit(function), [x, *given], splits, lambda found: (found[0], found[1][0]))
+
+    # With a residual that lies as x does, and a gamma and a beta for each sample.
+    axis = options.get("axis", -1) % len(shape)
+    own = NamedSharding(mesh, PartitionSpec(*((*names, None, None)[a] for a in (0, axis))))
+
+    def function(x, gamma, beta, residual):
+        (y, total), pull = jax.vjp(
+            lambda x, gamma, beta, residual: norm(x, gamma, beta, residual=residual, **options),
+            x, gamma, beta, residual)
+        return y, total, pull((jnp.sin(x), jnp.cos(x)))
+
+    parameters = rng.uniform(0.5, 1.5, (2, shape[0], channels)).astype("float32")
+    residual = rng.normal(0, 1, shape).astype("float32")
+    arrays, splits = [x, *parameters, residual], [split, own, own, split]
+    check(name, jax.jit(function), arrays, splits, lambda found: (*found[:2], found[2][0]))
 print("equal")
 """
 

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 from frameworks import (
+    BACKEND,
     assert_within,
     compiled,
     float64_enabled,
@@ -712,3 +713,57 @@ def test_an_engine_that_does_not_add_gets_the_sum():
     np.testing.assert_array_equal(to_numpy(total), want)
     np.testing.assert_array_equal(to_numpy(y), want / 2)
     assert_within(to_numpy(mean), want.mean(-1, keepdims=True), 1e-6)
+
+
+# Compiled with jit_compile, which has Keras's own operations alone, or not.
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="extents unknown to the graph")
+@pytest.mark.parametrize("way", ["native", "composite", "xla"])
+@pytest.mark.parametrize("per", ["gamma", "element", "residual"])
+def test_tensors_of_another_batch_are_an_error_of_the_graph(per, way):
+    """Not a wrong read, nor a batch of 1 that is broadcast, nor a larger result than x."""
+    import tensorflow as tf
+
+    def function(x, other):
+        if per == "residual":
+            return ops.instance_norm(x, residual=other)[0]
+        return ops.instance_norm(x, other)
+
+    spec = {"gamma": [None, 6], "element": [None, None, 6], "residual": [None, None, 6]}[per]
+    with normwise.use_kernels("composite" if way == "composite" else "auto"):
+        signature = [tf.TensorSpec([None, None, 6]), tf.TensorSpec(spec)]
+        graph = tf.function(
+            function, input_signature=signature, jit_compile=way == "xla", autograph=False
+        )
+        for batch in (1, 3):
+            x, other = numbers((batch, 5, 6)), numbers((batch, *[5, 6][len(spec) == 2 :]), 1)
+            assert_within(graph(x, other), to_numpy(function(x, other)), 1e-5)
+        for batch, others in [(3, 2), (1, 3), (3, 0), *([(3, 1)] if per != "element" else [])]:
+            x, other = numbers((batch, 5, 6)), numbers((others, *[5, 6][len(spec) == 2 :]), 1)
+            with pytest.raises((tf.errors.InvalidArgumentError, ValueError)):
+                graph(x, other)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA on TensorFlow")
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_xla_rounds_the_sum_that_it_normalizes(name):
+    import tensorflow as tf
+
+    case = CASES[name]
+    x, residual = (numbers(case.shape, seed, "bfloat16") for seed in range(2))
+    options = {**case.options, "dtype": "float32"}
+
+    @tf.function(jit_compile=True, autograph=False)
+    def both(x, residual):
+        with tf.GradientTape() as tape:
+            tape.watch(residual)
+            y, total = case.op(x, residual=residual, **options)
+            loss = tf.reduce_sum(y * x32)
+        return y, total, tape.gradient(loss, residual)
+
+    x32 = tf.cast(x, "float32")
+    y, total, slope = both(x, residual)
+    right = Norm(to_numpy(total), None, None, case.labels, case.axes, EPSILON)
+    assert_within(y, right.y, right.y_tolerance(EPS["float32"]))
+    want, allowed = right.gradients(x32)[0], right.gradient_tolerances(x32, EPS["float32"])[0]
+    rounding = 2 * EPS["bfloat16"] * np.abs(want)
+    assert_within(to_numpy(slope), want, allowed + rounding)

@@ -102,3 +102,59 @@ def test_an_exported_graph_can_be_made_of_integers():
     process = subprocess.run(run, env=env, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert float(process.stdout.split()[-1]) < 0.1
+
+
+def modulated(x, residual, gamma):
+    """A residual, a gamma for each sample and the statistics, in one tensor."""
+    results = ops.group_norm(x, gamma, groups=3, residual=residual, return_statistics=True)
+    return tf.concat([tf.reshape(each, (-1,)) for each in results], 0)
+
+
+def three():
+    """x, a residual and a gamma for each sample."""
+    shapes = (2, 5, 6), (2, 5, 6), (2, 6)
+    return [tf.constant(samples(shape, seed)) for seed, shape in enumerate(shapes)]
+
+
+def value_and_slopes(x, residual, gamma):
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([x, residual, gamma])
+        y = modulated(x, residual, gamma)
+        loss = tf.reduce_sum(tf.sin(y))
+    # Twice, as a persistent tape allows.
+    first, again = (tape.gradient(loss, [x, residual, gamma]) for _ in range(2))
+    return [y, *first, *again]
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_operands_in_graphs(jit_compile):
+    arrays = three()
+    want = value_and_slopes(*arrays)
+    signature = [tf.TensorSpec((None, *each.shape[1:])) for each in arrays]
+    options = {"jit_compile": jit_compile, "autograph": False}
+    known = tf.function(value_and_slopes, **options)
+    unknown = tf.function(value_and_slopes, input_signature=signature, **options)
+    for graph in (known, unknown):
+        for f, w in zip(graph(*arrays), want, strict=True):
+            assert_within(f, w.numpy(), 1e-4)
+
+
+def test_many_inputs_at_a_time():
+    x, residual, gamma = three()
+    stack = tf.stack([x, tf.cos(x)])
+    found = tf.vectorized_map(lambda x: modulated(x, residual, gamma), stack)
+    for f, one in zip(found, stack, strict=True):
+        assert_within(f, modulated(one, residual, gamma).numpy(), 1e-5)
+
+
+def test_an_exported_function_with_operands(tmp_path):
+    """Made for any batch, and loaded without normwise."""
+    arrays = three()
+    signature = [tf.TensorSpec((None, *each.shape[1:])) for each in arrays]
+    module = tf.Module()
+    module.serve = tf.function(modulated, input_signature=signature, autograph=False)
+    tf.saved_model.save(module, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path))
+    assert_within(loaded.serve(*arrays), modulated(*arrays).numpy(), 1e-5)
+    graph = loaded.serve.concrete_functions[0].graph.as_graph_def()
+    assert "Normwise" not in str(graph)

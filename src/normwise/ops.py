@@ -589,14 +589,15 @@ def _run(norm: Norm, x: Tensor, operands: Operands, lie: Operands, statistics: b
     """The result of a norm whose operands lie so, and what is returned with it."""
     others = []
     norm, operands = _for_each_sample(norm.with_operands(lie), x, operands)
+    if None in norm.geometry.shape:
+        operands = _fitted(norm, x, operands)
     if operands.residual is not None:
         if "float" not in norm.x_dtype:
             x = keras.ops.cast(x, norm.y_dtype)
             norm = dataclasses.replace(norm, x_dtype=norm.y_dtype)
-        differs = dtype_name(operands.residual.dtype) != norm.x_dtype
-        if differs or PER_ELEMENT in norm.operands or not dispatch.choose(norm, x).adds:
-            # A sum of two dtypes is made in the wider one, and so is rounded once.
-            x = keras.ops.cast(keras.ops.add(x, operands.residual), norm.x_dtype)
+        adds = dispatch.choose(norm, x).adds and PER_ELEMENT not in norm.operands
+        if not adds or dtype_name(operands.residual.dtype) != norm.x_dtype:
+            x = composite.summed(x, operands.residual, norm.x_dtype)
             others, operands = [x], operands._replace(residual=None)
             norm = norm.with_operands(norm.operands._replace(residual=None))
     if PER_ELEMENT in norm.operands:
@@ -629,6 +630,22 @@ def _for_each_sample(norm: Norm, x: Tensor, operands: Operands) -> tuple[Norm, O
     return norm, operands
 
 
+def _fitted(norm: Norm, x: Tensor, operands: Operands) -> Operands:
+    """The operands of an x of unknown extents, in what these turn out to be: else it is an error.
+
+    Without, one sample would be broadcast to a batch, and so would x to one of the operands'.
+    """
+    full = keras.ops.shape(x)
+    for name in ("gamma", "beta"):
+        if getattr(norm.operands, name) == PER_SAMPLE:
+            given = getattr(operands, name)
+            shape = (full[0], *keras.ops.shape(given)[1:])
+            operands = operands._replace(**{name: keras.ops.reshape(given, shape)})
+    if operands.residual is not None:
+        operands = operands._replace(residual=keras.ops.reshape(operands.residual, full))
+    return operands
+
+
 def _is_alike(geometry: Geometry, shape: Shape) -> bool:
     """Whether what broadcasts to x has one value for all positions of a sample, but its own."""
     return all(
@@ -649,6 +666,9 @@ def _modulated(norm: Norm, x: Tensor, operands: Operands) -> Tensor:
     )
     y = y if gamma is None else y * gamma
     y = y if beta is None else y + beta
+    if None in norm.geometry.shape:
+        # As in `_fitted`: an error where it is larger than x.
+        y = keras.ops.reshape(y, keras.ops.shape(x))
     return keras.ops.cast(norm.activation(y), norm.y_dtype)
 
 

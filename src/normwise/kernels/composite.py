@@ -42,6 +42,16 @@ def run_for_inference(norm: Norm, x, operands: Operands):
     return run(norm, x, operands, how=functools.partial(normalize, differentiable=False))
 
 
+def summed(x, residual, dtype):
+    """The sum of x and the residual, made in the wider dtype and rounded once, to `dtype`."""
+    return rounded(ops.cast(ops.add(x, residual), dtype))
+
+
+def rounded(x):
+    """What its dtype holds of `x`; a backend whose compiler carries more on sets its own."""
+    return x
+
+
 def normalize(norm: Norm, x, operands: Operands, *, differentiable=True):
     """Normalize every set of `x` and apply gamma and beta, all in the dtype of the arithmetic.
 

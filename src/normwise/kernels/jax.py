@@ -85,8 +85,23 @@ def _present(gamma, beta) -> Operands:
     return Operands(*(p if p.size else None for p in (gamma, beta)))
 
 
+def _rounded(x):
+    """`x` in no more digits than its dtype has.
+
+    XLA takes a conversion to 16 bits and back for nothing, and would normalize another sum than the
+    one that is returned.
+    """
+    if x.dtype.itemsize > 2:
+        return x
+    kind = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+
+composite.rounded = _rounded
+
+
 def _summed(x, residual, norm):
-    return x + residual if norm.operands.residual else x
+    return composite.summed(x, residual, x.dtype) if norm.operands.residual else x
 
 
 def _meant_y(x, gamma, beta, *, norm, run=composite.run):
@@ -174,7 +189,7 @@ class _Primitives:
 
     def _run(self, x, gamma, beta, residual, norm):
         if residual is not None and norm.x_dtype != norm.y_dtype:
-            total = x + residual
+            total = composite.summed(x, residual, x.dtype)
             norm = norm.with_operands(norm.operands._replace(residual=None))
             return self._run(total, gamma, beta, None, norm), total
         uniform = norm.uniform

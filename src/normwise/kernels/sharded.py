@@ -65,7 +65,7 @@ def _moments(norm: Norm, x, split: Split):
 def forward(norm: Norm, x, gamma, beta, residual, split: Split):
     """The forward pass on one device's parts of its operands."""
     if norm.operands.residual:
-        x = residual = x + residual
+        x = residual = composite.summed(x, residual, x.dtype)
     _, _, (deviation, mean, variance) = _moments(norm, x, split)
     inv_std = composite.inverse_root(norm, variance, NONE)
     z = _affine(norm, deviation * inv_std, gamma, beta)

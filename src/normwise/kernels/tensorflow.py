@@ -73,11 +73,15 @@ def _why_not_here(x) -> str | None:
         return None
     if (lacks := private.missing(private.TENSORFLOW)) is not None:
         return lacks
-    if private.find(private.TENSORFLOW["in_xla"].path)(tf.compat.v1.get_default_graph()):
+    if _in_xla():
         return "XLA compiles this function (jit_compile=True), and knows no native kernel"
     if _exports():
         return "this function is traced to be exported, and runs without normwise then"
     return None
+
+
+def _in_xla() -> bool:
+    return private.find(private.TENSORFLOW["in_xla"].path)(tf.compat.v1.get_default_graph())
 
 
 def accelerator() -> str | None:
@@ -236,7 +240,39 @@ def _calling_back(engine: Engine):
     return run
 
 
+def _rounded(x):
+    """`x` in no more digits than its dtype has, which XLA would carry on."""
+    if x.dtype.size > 2 or tf.executing_eagerly() or private.missing(private.TENSORFLOW):
+        return x
+    return _rounded_in_xla(x) if _in_xla() else x
+
+
+@tf.custom_gradient
+def _rounded_in_xla(x):
+    # Through integers it is the 16 bits that go on; but these have no gradient.
+    return tf.bitcast(tf.bitcast(x, tf.uint16), x.dtype), lambda dx: dx
+
+
+composite.rounded = _rounded
+
+
+def _of_as_many_samples(x, parameter):
+    """Gamma or beta of each sample, or an error where the samples of x are others.
+
+    Grappler drops a reshape that says so, and one sample's would be broadcast.
+    """
+    if parameter is None:
+        return None
+    text = "gamma and beta of each sample need as many samples as x has"
+    same = tf.debugging.assert_equal(tf.shape(parameter)[0], tf.shape(x)[0], text)
+    with tf.control_dependencies([same]):
+        return tf.identity(parameter)
+
+
 def _run_composite(norm: Norm, x, operands: Operands):
+    if norm.per_sample and norm.geometry.shape[0] is None and not tf.executing_eagerly():
+        gamma, beta = (_of_as_many_samples(x, each) for each in operands[:2])
+        operands = operands._replace(gamma=gamma, beta=beta)
     exports = not tf.executing_eagerly() and _exports()
     return (composite.run_for_inference if exports else composite.run)(norm, x, operands)
 
