@@ -233,6 +233,23 @@ def test_epsilon_that_is_no_number(epsilon):
             call(epsilon=epsilon)
 
 
+@pytest.mark.parametrize("gamma_offset", [float("nan"), float("inf")])
+def test_gamma_offset_that_cannot_be_added(gamma_offset):
+    text = f"gamma_offset={gamma_offset} cannot be added to gamma; expected a number, as in "
+    text += "gamma_offset=1.0"
+    for make in LAYERS:
+        with raises(ValueError, text):
+            make(gamma_offset=gamma_offset)
+
+
+@pytest.mark.parametrize("gamma_offset", ["1", None, True])
+def test_gamma_offset_that_is_no_number(gamma_offset):
+    text = f"gamma_offset={gamma_offset!r} is no number; expected a number, as in gamma_offset=1.0"
+    for make in LAYERS:
+        with raises(TypeError, text):
+            make(gamma_offset=gamma_offset)
+
+
 @pytest.mark.parametrize("shape", [(), (7,), (8, 5), (8, 4, 31), (4, 8), (8, 4, 32, 1), (1, 1, 2)])
 def test_mask_that_does_not_fit(shape):
     text = (

@@ -14,13 +14,14 @@ from frameworks import (
     to_numpy,
 )
 from norms import NORMS, every_norm, expected, randomize, samples
+from reference import SMALLEST
 
 from normwise import layers
 
 EPS = np.finfo(np.float32).eps
 ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": EPS, "float64": 2**-52}
 
-# Names, order and defaults, as Keras 3 and TensorFlow Addons have them; one new keyword at the end.
+# Names, order and defaults, as Keras 3 and TensorFlow Addons have them; two new keywords at the end.
 AFFINE = {
     "axis": -1,
     "epsilon": 1e-3,
@@ -33,6 +34,7 @@ AFFINE = {
     "beta_constraint": None,
     "gamma_constraint": None,
     "activation": None,
+    "gamma_offset": 0.0,
 }
 SIGNATURES = {
     "group": {"groups": 32, **AFFINE},
@@ -46,6 +48,7 @@ SIGNATURES = {
         "gamma_regularizer": None,
         "gamma_constraint": None,
         "activation": None,
+        "gamma_offset": 0.0,
     },
 }
 
@@ -155,6 +158,39 @@ def test_activation(norm, activation):
     wanted = keras.activations.get(activation)(plain(samples()))
     for layer in (active, again):
         assert_within(to_numpy(layer(samples())), to_numpy(wanted), 1e-6)
+
+
+@every_norm
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_gamma_offset(norm, policy):
+    """With a gamma of -1 + 2^-20 and an offset of 1, which float16 would make a scale of 0."""
+    layer = norm.make(gamma_offset=1.0, dtype=policy)
+    layer.build((None, 5, 6))
+    gamma = np.linspace(-1.0, 1.0, 6, dtype="float32") + np.float32(2**-20)
+    layer.set_weights([gamma, *(np.full(w.shape, 2.0**-21) for w in layer.weights[1:])])
+    found = to_numpy(layer(samples()))
+    layer.gamma.assign(np.float64(gamma) + 1)
+    right = expected(layer, samples())
+    result = ROUNDING[layer.compute_dtype] * np.abs(right.y) + SMALLEST[layer.compute_dtype]
+    assert_within(found, right.y, right.y_tolerance(EPS) + result)
+
+
+@every_norm
+def test_gamma_offset_in_configs(norm):
+    layer = norm.make(gamma_initializer="zeros", gamma_offset=1)
+    config = layer.get_config()
+    assert config["gamma_offset"] == 1.0
+    again = norm.layer.from_config(config)
+    right = expected(norm_of_ones(norm), samples())
+    assert_within(to_numpy(again(samples())), right.y, right.y_tolerance(EPS))
+    del config["gamma_offset"]
+    assert norm.layer.from_config(config).gamma_offset == 0.0
+
+
+def norm_of_ones(norm):
+    layer = norm.make()
+    layer.build((None, 5, 6))
+    return layer
 
 
 @every_norm

@@ -38,7 +38,7 @@ def signature(made):
     return [(p.name, p.default) for p in parameters[:-1]]
 
 
-def test_signature_is_that_of_tensorflow_addons_and_an_activation():
+def test_signature_is_that_of_tensorflow_addons_and_two_arguments_more():
     assert signature(FilterResponseNormalization) == [
         ("epsilon", 1e-6),
         ("axis", (1, 2)),
@@ -52,6 +52,7 @@ def test_signature_is_that_of_tensorflow_addons_and_an_activation():
         ("learned_epsilon_constraint", None),
         ("name", None),
         ("activation", None),
+        ("gamma_offset", 0.0),
     ]
 
 
@@ -82,6 +83,17 @@ def test_every_rank_and_axes(shape, axis, wanted, learned):
     assert_within(to_numpy(made(x)), right.y, right.y_tolerance(EPS["float32"]))
     assert made.compute_output_shape((None, *shape[1:])) == (None, *shape[1:])
     assert made.get_config()["axis"] == ([axis] if isinstance(axis, int) else list(axis))
+
+
+@both_epsilons
+def test_gamma_offset(learned):
+    made, x = layer(gamma_offset=-1.0, learned_epsilon=learned), samples()
+    made.build(x.shape)
+    randomize(made)
+    found = to_numpy(made(x))
+    made.gamma.assign(to_numpy(made.gamma) - 1)
+    right = expected(made, x)
+    assert_within(found, right.y, right.y_tolerance(EPS["float32"]))
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32", "float64"])

@@ -76,6 +76,14 @@ def test_at_a_mean_of_10000(mask):
     assert_right(built([1, 2], epsilon=1e-6), samples() + np.float32(1e4), mask)
 
 
+def test_gamma_offset():
+    layer, x = built([1, 2], gamma_offset=-1.0), samples()
+    found = to_numpy(layer(x))
+    layer.gamma.assign(to_numpy(layer.gamma) - 1)
+    (wanted, allowed), *_ = right(layer, x, None, samples())
+    assert_within(found, wanted, allowed)
+
+
 def test_masked_nans_and_infinities_reach_nothing_that_is_kept():
     layer, x = built([1, 2]), samples()
     poisoned = x.copy()

@@ -9,7 +9,7 @@ from keras import constraints, initializers, regularizers
 
 from normwise import keras_private
 from normwise.geometry import Geometry
-from normwise.norm import check_dtype, check_epsilon, check_mask
+from normwise.norm import check_dtype, check_epsilon, check_mask, check_offset
 from normwise.typing import Activation, Axis, Shape, Tensor
 
 # What a weight has of its own, and the module of Keras that reads and writes it.
@@ -108,11 +108,20 @@ class Affine(Parametric):
     subtract_mean = True
     learned_epsilon = False
 
-    def __init__(self, *, axis: Axis, epsilon: float, activation: Activation, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        axis: Axis,
+        epsilon: float,
+        activation: Activation,
+        gamma_offset: float,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.axis = axis
         self.epsilon = check_epsilon(epsilon)
         self.activation = keras.activations.get(activation)
+        self.gamma_offset = check_offset(gamma_offset)
 
     def geometry(self, input_shape: Shape) -> Geometry:
         """Which elements of an input of this shape share their statistics."""
@@ -130,6 +139,7 @@ class Affine(Parametric):
             *tensors,
             axis=self.axis,
             epsilon=self.epsilon,
+            gamma_offset=self.gamma_offset,
             activation=self.activation,
             mask=mask,
             dtype=self.compute_dtype,
@@ -172,6 +182,7 @@ class Affine(Parametric):
             "axis": self.axis if isinstance(self.axis, int) else list(self.axis),
             "epsilon": self.epsilon,
             "activation": keras.activations.serialize(self.activation),
+            "gamma_offset": self.gamma_offset,
         }
         return keras_private.saved_axes(config)
 

@@ -34,13 +34,16 @@ class GroupNormalization(Affine):
         beta_regularizer, gamma_regularizer: of beta and gamma, or None.
         beta_constraint, gamma_constraint: of beta and gamma, or None.
         activation: applied to the result, a name or a callable, or None.
+        gamma_offset: added to gamma. With 1 and `gamma_initializer="zeros"` weight decay draws the
+            scale to 1, not to 0.
         **kwargs: of the base layer, as `name` and `dtype`.
 
     Raises:
         ValueError: on construction for groups that is 0, below -1 or no int, the batch axis, and an
-            epsilon that is negative or NaN; on the first call for groups that do not divide the
-            channels, channels of unknown number, and an axis out of range.
-        TypeError: axis is no int, or epsilon no number.
+            epsilon that is negative or NaN, or a gamma_offset that is not finite; on the first call
+            for groups that do not divide the channels, channels of unknown number, and an axis out
+            of range.
+        TypeError: axis is no int, or epsilon or gamma_offset no number.
 
     Numerics: arithmetic in float32 (float64 for float64), error of y below a small multiple of
     eps * (1 + |mean| / std): see docs/numerics.md.
@@ -72,6 +75,7 @@ class GroupNormalization(Affine):
         beta_constraint: Constraint = None,
         gamma_constraint: Constraint = None,
         activation: Activation = None,
+        gamma_offset: float = 0.0,
         **kwargs: Any,
     ):
         options = given(locals())
@@ -114,7 +118,8 @@ class InstanceNormalization(GroupNormalization):
 
     Args:
         axis, epsilon, center, scale, beta_initializer, gamma_initializer, beta_regularizer,
-        gamma_regularizer, beta_constraint, gamma_constraint, activation: as in GroupNormalization.
+        gamma_regularizer, beta_constraint, gamma_constraint, activation, gamma_offset: as in
+        GroupNormalization.
         **kwargs: of the base layer, as `name` and `dtype`. `groups`, which configs saved by
             TensorFlow Addons carry, is ignored with a warning.
 
@@ -147,6 +152,7 @@ class InstanceNormalization(GroupNormalization):
         beta_constraint: Constraint = None,
         gamma_constraint: Constraint = None,
         activation: Activation = None,
+        gamma_offset: float = 0.0,
         **kwargs: Any,
     ):
         options = given(locals())

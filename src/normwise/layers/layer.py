@@ -47,13 +47,16 @@ class LayerNormalization(_OverAxes):
         beta_regularizer, gamma_regularizer: of beta and gamma, or None.
         beta_constraint, gamma_constraint: of beta and gamma, or None.
         activation: applied to the result, a name or a callable, or None.
+        gamma_offset: added to gamma. With 1 and `gamma_initializer="zeros"` weight decay draws the
+            scale to 1, not to 0.
         **kwargs: of the base layer, as `name` and `dtype`. Keras's deprecated `rms_scaling=True`
             gives gamma * x / sqrt(var + epsilon), with a warning.
 
     Raises:
-        ValueError: on construction for an epsilon that is negative or NaN; on the first call for
-            an axis out of range or named twice, and for normalized axes of unknown extent.
-        TypeError: axis is neither an int nor a list of ints, or epsilon no number.
+        ValueError: on construction for an epsilon that is negative or NaN, and a gamma_offset that
+            is not finite; on the first call for an axis out of range or named twice, and for
+            normalized axes of unknown extent.
+        TypeError: axis is neither an int nor a list of ints, or epsilon or gamma_offset no number.
 
     Numerics: arithmetic in float32 (float64 for float64), error of y below a small multiple of
     eps * (1 + |mean| / std): see docs/numerics.md.
@@ -82,6 +85,7 @@ class LayerNormalization(_OverAxes):
         beta_constraint: Constraint = None,
         gamma_constraint: Constraint = None,
         activation: Activation = None,
+        gamma_offset: float = 0.0,
         **kwargs: Any,
     ):
         options = given(locals())
@@ -125,7 +129,7 @@ class LayerNormalization(_OverAxes):
         )
         before = (slice(None),) * axis
         y = y[(*before, slice(None, -1))] - y[(*before, slice(-1, None))]
-        gamma = keras.ops.cast(self.gamma, wide)
+        gamma = keras.ops.cast(self.gamma, wide) + self.gamma_offset
         y = y * keras.ops.reshape(gamma, found.broadcast_shape(gamma.shape))
         return self.activation(keras.ops.cast(y, self.compute_dtype))
 
@@ -153,6 +157,8 @@ class RMSNormalization(_OverAxes):
             order.
         gamma_regularizer, gamma_constraint: of gamma, or None.
         activation: applied to the result, a name or a callable, or None.
+        gamma_offset: added to gamma. With 1 and `gamma_initializer="zeros"` weight decay draws the
+            scale to 1, not to 0.
         **kwargs: of the base layer, as `name` and `dtype`.
 
     Raises:
@@ -184,6 +190,7 @@ class RMSNormalization(_OverAxes):
         gamma_regularizer: Regularizer = None,
         gamma_constraint: Constraint = None,
         activation: Activation = None,
+        gamma_offset: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(**given(locals()))

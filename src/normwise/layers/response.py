@@ -42,13 +42,15 @@ class FilterResponseNormalization(Affine):
         learned_epsilon_constraint: of that weight, or None.
         name: of the layer.
         activation: applied to the result, a name or a callable, or None.
+        gamma_offset: added to gamma. With 1 and `gamma_initializer="zeros"` weight decay draws the
+            scale to 1, not to 0.
         **kwargs: of the base layer, as `dtype`.
 
     Raises:
-        ValueError: on construction for the batch axis, and an epsilon that is negative or NaN; on
-            the first call for axes that are not those of the input but two, channels of unknown
-            number, and an axis out of range or named twice.
-        TypeError: axis is neither an int nor a list of ints, or epsilon no number.
+        ValueError: on construction for the batch axis, an epsilon that is negative or NaN, and a
+            gamma_offset that is not finite; on the first call for axes that are not those of the
+            input but two, channels of unknown number, and an axis out of range or named twice.
+        TypeError: axis is neither an int nor a list of ints, or epsilon or gamma_offset no number.
 
     Numerics: arithmetic in float32 (float64 for float64), error of y below a small multiple of eps.
 
@@ -94,6 +96,7 @@ class FilterResponseNormalization(Affine):
         learned_epsilon_constraint: Constraint = None,
         name: str | None = None,
         activation: Activation = None,
+        gamma_offset: float = 0.0,
         **kwargs: Any,
     ):
         options = given(locals())
