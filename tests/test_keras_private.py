@@ -29,11 +29,11 @@ class Bare:
     [
         (lambda: keras_private.inner_layers(Bare()), "Bare._flatten_layers"),
         (lambda: keras_private.own_variables(Bare()), "Bare._trainable_variables"),
-        (lambda: keras_private.mask_of(None), f"{GONE}.get_keras_mask"),
+        (lambda: keras_private.mask_of(None), "keras.src.backend.common.masking.get_keras_mask"),
     ],
 )
 def test_a_missing_name_is_named(use, name, monkeypatch):
-    monkeypatch.setattr(keras_private, "_MASKING", GONE)
+    monkeypatch.setattr(keras_private, "_masking", None)
     with pytest.raises(ValueError, match=rf"^Keras 3\S+ has no {name}, .*; use Keras 3.12 to 3.15"):
         use()
 

@@ -21,7 +21,7 @@ from normwise import layers
 EPS = np.finfo(np.float32).eps
 ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": EPS, "float64": 2**-52}
 
-# Names, order and defaults, as Keras 3 and TensorFlow Addons have them; two new keywords at the end.
+# Names, order and defaults, as Keras 3 and TensorFlow Addons have them; two new ones at the end.
 AFFINE = {
     "axis": -1,
     "epsilon": 1e-3,

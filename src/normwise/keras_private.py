@@ -112,7 +112,20 @@ def visit_shapes(model: keras.Model, inputs: Any, visit: Callable[[Any, tuple, A
 
 def mask_of(tensor: Tensor) -> Tensor | None:
     """The mask that a layer gave its output."""
-    return _find(_MASKING, "get_keras_mask")(tensor)
+    return _of_masking("get_keras_mask")(tensor)
+
+
+def give_mask(tensor: Tensor, mask: Tensor | None) -> None:
+    """Give an output its mask, if there is one."""
+    if mask is not None:
+        _of_masking("set_keras_mask")(tensor, mask)
+
+
+def _of_masking(name: str) -> Callable:
+    found = getattr(_masking, name, None)
+    if found is None:
+        raise _missing(f"{_MASKING}.{name}")
+    return found
 
 
 def _find(module: str, name: str, default: Any = None) -> Any:
@@ -130,6 +143,17 @@ def _name(owner: Any, name: str) -> Any:
         return getattr(owner, name)
     except AttributeError:
         raise _missing(f"{type(owner).__name__}.{name}") from None
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
+
+
+# Imported once: torch.compile follows no import.
+_masking = _module(_MASKING)
 
 
 def _missing(name: str) -> ValueError:

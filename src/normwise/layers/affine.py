@@ -9,7 +9,7 @@ from keras import constraints, initializers, regularizers
 
 from normwise import keras_private
 from normwise.geometry import Geometry
-from normwise.norm import check_dtype, check_epsilon, check_mask, check_offset
+from normwise.norm import Operands, check_dtype, check_epsilon, check_offset, check_shapes
 from normwise.typing import Activation, Axis, Shape, Tensor
 
 # What a weight has of its own, and the module of Keras that reads and writes it.
@@ -127,22 +127,46 @@ class Affine(Parametric):
         """Which elements of an input of this shape share their statistics."""
         raise NotImplementedError
 
-    def _normalized(
-        self,
-        norm: Callable[..., Tensor],
-        tensors: Sequence[Tensor | None],
-        mask: Tensor | None,
-        **options: Any,
-    ) -> Tensor:
+    def own(self) -> tuple[Tensor | None, Tensor | None]:
+        """The layer's gamma and beta, as its function of `ops` takes them."""
+        return self.gamma, self.beta
+
+    def call(
+        self, inputs: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Any:
+        """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics.
+
+        With a `residual` of the shape of `inputs` their sum is normalized, and the result is
+        (y, sum).
+        """
+        gamma, beta = self.own()
+        options = {"gamma_offset": self.gamma_offset, "dtype": self.compute_dtype}
+        if residual is None:
+            return self.normalize(inputs, gamma, beta, mask=mask, **options)
+        # Where there are two tensors, Keras leaves the mask on the first.
+        mask = keras_private.mask_of(inputs) if mask is None else mask
+        y, total = self.normalize(inputs, gamma, beta, mask=mask, residual=residual, **options)
+        keras_private.give_mask(total, mask)
+        return y, total
+
+    def normalize(
+        self, inputs: Tensor, gamma: Tensor | None, beta: Tensor | None, **options: Any
+    ) -> Any:
+        """Call the layer's function of `ops` with its arguments, but another gamma and beta.
+
+        Args:
+            inputs, gamma, beta: as the function takes them.
+            **options: `gamma_offset`, `mask`, `residual` and `dtype` of the function.
+        """
+        raise NotImplementedError
+
+    def _normalized(self, norm: Callable[..., Any], *tensors: Tensor | None, **options: Any) -> Any:
         """The result of one of `ops` on x, gamma and beta, with the layer's arguments."""
         return norm(
             *tensors,
             axis=self.axis,
             epsilon=self.epsilon,
-            gamma_offset=self.gamma_offset,
             activation=self.activation,
-            mask=mask,
-            dtype=self.compute_dtype,
             **options,
         )
 
@@ -161,19 +185,27 @@ class Affine(Parametric):
     def _parameter_shape(self, geometry: Geometry) -> tuple[int | None, ...]:
         return geometry.parameter_shape
 
-    def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
-        """The shape of the input."""
+    def compute_output_shape(
+        self, input_shape: Shape, residual_shape: Shape | None = None
+    ) -> tuple[Any, ...]:
+        """The shape of the input; with that of a residual twice, for the sum too."""
         self.geometry(input_shape)
-        return tuple(input_shape)
+        shape = tuple(input_shape)
+        return shape if residual_shape is None else (shape, shape)
 
     def compute_output_spec(
-        self, inputs: Tensor, mask: Tensor | None = None, **kwargs: Any
-    ) -> keras.KerasTensor:
-        """A symbol of the result, with the errors that a call would raise."""
-        check_dtype(inputs.dtype)
-        if mask is not None:
-            check_mask(self.geometry(inputs.shape), mask)
-        return super().compute_output_spec(inputs, **kwargs)
+        self, inputs: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
+    ) -> Any:
+        """A symbol of the result, or of each, with the errors that a call would raise."""
+        given = check_dtype(inputs.dtype)
+        check_shapes(self.geometry(inputs.shape), Operands(mask=mask, residual=residual))
+        y = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+        if residual is None:
+            return y
+        dtype = given if "float" in given else self.compute_dtype
+        total = keras.KerasTensor(inputs.shape, dtype=dtype)
+        keras_private.give_mask(total, keras_private.mask_of(inputs) if mask is None else mask)
+        return y, total
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""

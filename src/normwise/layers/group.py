@@ -22,7 +22,9 @@ class GroupNormalization(Affine):
     layer norm over the whole sample, but gamma and beta have one value per channel.
 
     Input: (batch, ..., channels, ...), rank 2 or more, any real dtype. Output: the same shape, in
-    the layer's compute dtype. A mask leaves what it masks out of the statistics.
+    the layer's compute dtype. A mask leaves what it masks out of the statistics. Called with
+    `residual=`, a tensor of the input's shape, the layer normalizes the sum of both, rounded to the
+    dtype of the input, and returns that too: (y, sum).
 
     Args:
         groups: the number of groups; must divide the channels. -1 makes a group of every channel.
@@ -94,10 +96,12 @@ class GroupNormalization(Affine):
         channels = input_shape[self.axis]
         self.input_spec = keras.InputSpec(ndim=len(input_shape), axes={self.axis: channels})
 
-    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        tensors = (inputs, self.gamma, self.beta)
-        return self._normalized(ops.group_norm, tensors, mask, groups=self.groups)
+    def normalize(
+        self, inputs: Tensor, gamma: Tensor | None, beta: Tensor | None, **options: Any
+    ) -> Any:
+        """Call `ops.group_norm` with the layer's arguments, but another gamma and beta."""
+        options["groups"] = self.groups
+        return self._normalized(ops.group_norm, inputs, gamma, beta, **options)
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
@@ -114,7 +118,9 @@ class InstanceNormalization(GroupNormalization):
     per channel. It takes contrast and style out of an image.
 
     Input: (batch, ..., channels, ...), rank 2 or more, any real dtype. Output: the same shape, in
-    the layer's compute dtype. A mask leaves what it masks out of the statistics.
+    the layer's compute dtype. A mask leaves what it masks out of the statistics. Called with
+    `residual=`, a tensor of the input's shape, the layer normalizes the sum of both, rounded to the
+    dtype of the input, and returns that too: (y, sum).
 
     Args:
         axis, epsilon, center, scale, beta_initializer, gamma_initializer, beta_regularizer,

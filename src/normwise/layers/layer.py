@@ -8,7 +8,7 @@ import keras
 from normwise import geometry, ops
 from normwise.geometry import Geometry
 from normwise.layers.affine import Affine, Parameter, given
-from normwise.norm import check_dtype, check_mask
+from normwise.norm import Operands, check_dtype, check_mask, check_shapes
 from normwise.typing import Activation, Axis, Constraint, Initializer, Regularizer, Shape, Tensor
 
 
@@ -35,7 +35,8 @@ class LayerNormalization(_OverAxes):
 
     Input: rank 2 or more, any real dtype. Output: the same shape, in the layer's compute dtype. A
     mask leaves what it masks out of the statistics; a set that is masked as a whole is normalized
-    with mean 0 and variance 1.
+    with mean 0 and variance 1. Called with `residual=`, a tensor of the input's shape, the layer
+    normalizes the sum of both, rounded to the dtype of the input, and returns that too: (y, sum).
 
     Args:
         axis: an int, or a list of axes in any order.
@@ -100,13 +101,32 @@ class LayerNormalization(_OverAxes):
         super().__init__(**options)
         self.rms_scaling = rms_scaling
 
-    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        if self.rms_scaling:
-            return self._divided_by_deviation(inputs, mask)
-        return self._normalized(ops.layer_norm, (inputs, self.gamma, self.beta), mask)
+    def normalize(
+        self, inputs: Tensor, gamma: Tensor | None, beta: Tensor | None, **options: Any
+    ) -> Any:
+        """Call `ops.layer_norm` with the layer's arguments, but another gamma and beta."""
+        if not self.rms_scaling:
+            return self._normalized(ops.layer_norm, inputs, gamma, beta, **options)
+        residual = options.pop("residual", None)
+        if residual is None:
+            return self._divided_by_deviation(inputs, gamma, beta, **options)
+        check_shapes(self.geometry(inputs.shape), Operands(residual=residual))
+        given = check_dtype(inputs.dtype)
+        total = keras.ops.cast(
+            keras.ops.add(inputs, residual), given if "float" in given else options["dtype"]
+        )
+        return self._divided_by_deviation(total, gamma, beta, **options), total
 
-    def _divided_by_deviation(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+    def _divided_by_deviation(
+        self,
+        inputs: Tensor,
+        gamma: Tensor,
+        beta: Tensor | None,
+        *,
+        gamma_offset: float,
+        mask: Tensor | None,
+        dtype: str,
+    ) -> Tensor:
         # Layer norm of a further element that is 0, and masked so that the statistics are those of
         # the others, is what the mean adds: -mean / sqrt(var + epsilon).
         found = self.geometry(inputs.shape)
@@ -129,14 +149,21 @@ class LayerNormalization(_OverAxes):
         )
         before = (slice(None),) * axis
         y = y[(*before, slice(None, -1))] - y[(*before, slice(-1, None))]
-        gamma = keras.ops.cast(self.gamma, wide) + self.gamma_offset
-        y = y * keras.ops.reshape(gamma, found.broadcast_shape(gamma.shape))
-        return self.activation(keras.ops.cast(y, self.compute_dtype))
+        y = y * (_spread(gamma, found, wide) + gamma_offset)
+        if beta is not None:
+            y = y + _spread(beta, found, wide)
+        return self.activation(keras.ops.cast(y, dtype))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
         config = super().get_config()
         return {**config, "rms_scaling": True} if self.rms_scaling else config
+
+
+def _spread(parameter: Tensor, geometry: Geometry, dtype: str) -> Tensor:
+    """Gamma or beta in the shape that broadcasts against x."""
+    extents = keras.ops.shape(parameter)
+    return keras.ops.reshape(keras.ops.cast(parameter, dtype), geometry.broadcast_shape(extents))
 
 
 @keras.saving.register_keras_serializable("normwise")
@@ -147,7 +174,8 @@ class RMSNormalization(_OverAxes):
 
     Input: rank 2 or more, any real dtype. Output: the same shape, in the layer's compute dtype. A
     mask leaves what it masks out of the statistics; a set that is masked as a whole is normalized
-    with mean square 1.
+    with mean square 1. Called with `residual=`, a tensor of the input's shape, the layer
+    normalizes the sum of both, rounded to the dtype of the input, and returns that too: (y, sum).
 
     Args:
         axis: an int, or a list of axes in any order.
@@ -195,6 +223,8 @@ class RMSNormalization(_OverAxes):
     ):
         super().__init__(**given(locals()))
 
-    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        return self._normalized(ops.rms_norm, (inputs, self.gamma), mask)
+    def normalize(
+        self, inputs: Tensor, gamma: Tensor | None, beta: Tensor | None, **options: Any
+    ) -> Any:
+        """Call `ops.rms_norm` with the layer's arguments, but another gamma and beta."""
+        return self._normalized(ops.rms_norm, inputs, gamma, beta, **options)

@@ -22,7 +22,9 @@ class FilterResponseNormalization(Affine):
 
     Input: (batch, ..., channels, ...), rank 2 or more, any real dtype. Output: the same shape, in
     the layer's compute dtype. A mask leaves what it masks out of the statistics; a set that is
-    masked as a whole is normalized with mean square 1.
+    masked as a whole is normalized with mean square 1. Called with `residual=`, a tensor of the
+    input's shape, the layer normalizes the sum of both, rounded to the dtype of the input, and
+    returns that too: (y, sum).
 
     gamma and beta have the rank of the input and an extent of 1 everywhere but on the channel axis:
     (1, 1, 1, channels) for images with channels last. TensorFlow Addons keeps them so, and weights
@@ -118,12 +120,19 @@ class FilterResponseNormalization(Affine):
     def _parameter_shape(self, geometry: Geometry) -> tuple[int | None, ...]:
         return geometry.broadcast_shape(geometry.parameter_shape)
 
-    def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Normalize `inputs`; `mask` (True = keep) leaves elements out of the statistics."""
-        flat = (keras.ops.reshape(weight, (-1,)) for weight in (self.gamma, self.beta))
-        return self._normalized(
-            ops.filter_response_norm, (inputs, *flat), mask, learned_epsilon=self.eps_learned
-        )
+    def own(self) -> tuple[Tensor | None, Tensor | None]:
+        """The layer's gamma and beta, each (channels,)."""
+        return keras.ops.reshape(self.gamma, (-1,)), keras.ops.reshape(self.beta, (-1,))
+
+    def normalize(
+        self, inputs: Tensor, gamma: Tensor | None, beta: Tensor | None, **options: Any
+    ) -> Any:
+        """Call `ops.filter_response_norm` with the layer's arguments, but another gamma and beta.
+
+        The learned epsilon is the layer's.
+        """
+        options["learned_epsilon"] = self.eps_learned
+        return self._normalized(ops.filter_response_norm, inputs, gamma, beta, **options)
 
 
 @keras.saving.register_keras_serializable("normwise")
