@@ -9,7 +9,9 @@ import keras
 
 from normwise import activations, dispatch, geometry, kernels, ops
 from normwise.kernels import gpu, library
-from normwise.norm import SHARED, Norm, Operands, check_dtype
+from normwise.layers import Modulated
+from normwise.layers.affine import Affine
+from normwise.norm import PER_SAMPLE, SHARED, Norm, Operands, check_dtype
 from normwise.typing import DType, Shape, Tensor
 
 
@@ -48,15 +50,16 @@ def explain(
 
 
 def _norm(what: Any, shape: Shape, dtype: DType | None, **options: Any) -> Norm:
-    if isinstance(what, keras.layers.Layer) and hasattr(what, "geometry"):
+    if isinstance(what, (Affine, Modulated)):
         if options:
             raise TypeError(f"a layer has its options itself; leave out {', '.join(options)}")
+        norm, lies = (what.norm, PER_SAMPLE) if isinstance(what, Modulated) else (what, SHARED)
         # What stands for rms_scaling is a layer norm with a mask.
-        mask = getattr(what, "rms_scaling", False) or None
-        operands = Operands(SHARED, SHARED, mask, what.learned_epsilon or None)
+        mask = getattr(norm, "rms_scaling", False) or None
+        operands = Operands(lies, lies, mask, norm.learned_epsilon or None)
         given, result = check_dtype(dtype or what.compute_dtype), what.compute_dtype
-        sets, subtract_mean = what.geometry(shape), what.subtract_mean
-        return Norm(sets, given, result, what.epsilon, subtract_mean, operands=operands)
+        sets, subtract_mean = norm.geometry(shape), norm.subtract_mean
+        return Norm(sets, given, result, norm.epsilon, subtract_mean, operands=operands)
     operation = ops.operation_of(what)
     options = {**what.__kwdefaults__, **options}
     others = (options.pop(name, None) for name in ("mask", "learned_epsilon", "residual"))

@@ -3,6 +3,7 @@
 from normwise.layers.global_response import GlobalResponseNormalization
 from normwise.layers.group import GroupNormalization, InstanceNormalization
 from normwise.layers.layer import LayerNormalization, RMSNormalization
+from normwise.layers.modulated import Modulated
 from normwise.layers.response import TLU, FilterResponseNormalization
 from normwise.layers.reversible import ReversibleInstanceNormalization
 from normwise.layers.spectral import SpectralNormalization
@@ -16,6 +17,7 @@ __all__ = [
     "GroupNormalization",
     "InstanceNormalization",
     "LayerNormalization",
+    "Modulated",
     "RMSNormalization",
     "ReversibleInstanceNormalization",
     "SpectralNormalization",

@@ -73,11 +73,12 @@ class Parametric(keras.Layer):
     def _wanted(self) -> list[Parameter]:
         return [p for p in self.parameters if p.option is None or getattr(self, p.option)]
 
-    def _add_weights(self, shape: Shape) -> None:
+    def _add_weights(self, shape: Shape, **others: Shape) -> None:
+        """Create the weights: of this shape but for those of `others`, by their names."""
         for parameter in self._wanted():
             weight = self.add_weight(
                 name=parameter.name,
-                shape=parameter.shape or shape,
+                shape=others.get(parameter.name) or parameter.shape or shape,
                 **{kind: getattr(self, f"{parameter.name}_{kind}") for kind in KINDS},
                 autocast=False,
             )
@@ -197,13 +198,18 @@ class Affine(Parametric):
         self, inputs: Tensor, mask: Tensor | None = None, residual: Tensor | None = None
     ) -> Any:
         """A symbol of the result, or of each, with the errors that a call would raise."""
+        return self.symbols(inputs, mask, residual, self.compute_dtype)
+
+    def symbols(
+        self, inputs: Tensor, mask: Tensor | None, residual: Tensor | None, dtype: str
+    ) -> Any:
+        """The symbols of what `normalize` gives in this dtype."""
         given = check_dtype(inputs.dtype)
         check_shapes(self.geometry(inputs.shape), Operands(mask=mask, residual=residual))
-        y = keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+        y = keras.KerasTensor(inputs.shape, dtype=dtype)
         if residual is None:
             return y
-        dtype = given if "float" in given else self.compute_dtype
-        total = keras.KerasTensor(inputs.shape, dtype=dtype)
+        total = keras.KerasTensor(inputs.shape, dtype=given if "float" in given else dtype)
         keras_private.give_mask(total, keras_private.mask_of(inputs) if mask is None else mask)
         return y, total
 
