@@ -7,11 +7,13 @@ from normwise.layers.layer import LayerNormalization, RMSNormalization
 from normwise.layers.modulated import Modulated
 from normwise.layers.response import TLU, FilterResponseNormalization
 from normwise.layers.reversible import ReversibleInstanceNormalization
+from normwise.layers.spade import SPADE
 from normwise.layers.spectral import SpectralNormalization
 from normwise.layers.standardization import WeightStandardization
 from normwise.layers.weight import WeightNormalization
 
 __all__ = [
+    "SPADE",
     "TLU",
     "AdaptiveInstanceNormalization",
     "FilterResponseNormalization",

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -38,6 +39,29 @@ class Conditioned(Parametric):
         """The dtype of the norm's arithmetic."""
         wide = "float64" in (check_dtype(inputs.dtype), self.compute_dtype)
         return "float64" if wide else "float32"
+
+    def _mask(self, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+        # Where there are two tensors, Keras leaves the mask on the first.
+        return keras_private.mask_of(inputs) if mask is None else mask
+
+    def _with_own(
+        self, gamma: Tensor, beta: Tensor, own: Sequence[Tensor | None]
+    ) -> tuple[Tensor, Tensor, float]:
+        """Gamma, beta and the offset of gamma of (1 + gamma) * norm + beta.
+
+        Args:
+            gamma, beta: in the dtype of the arithmetic.
+            own: gamma and beta of the norm, or None, of shapes that broadcast to those.
+        """
+        own_gamma, own_beta = (
+            each if each is None else keras.ops.cast(each, gamma.dtype) for each in own
+        )
+        if own_beta is not None:
+            beta = beta + own_beta + own_beta * gamma
+        if own_gamma is None:
+            return gamma, beta, 1.0
+        offset = self.norm.gamma_offset
+        return own_gamma + (own_gamma + offset) * gamma, beta, offset
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
@@ -191,10 +215,9 @@ class Modulated(Conditioned):
         `mask` (True = keep) leaves elements out of the statistics.
         """
         self._check(inputs, condition)
-        # Where there are two tensors, Keras leaves the mask on the first.
-        mask = keras_private.mask_of(inputs) if mask is None else mask
+        mask = self._mask(inputs, mask)
         gamma, beta, *gate = self._made_of(condition, inputs)
-        gamma, beta, offset = self._with_own(gamma, beta)
+        gamma, beta, offset = self._with_own(gamma, beta, self.norm.own())
         options = {"gamma_offset": offset, "mask": mask, "dtype": self.compute_dtype}
         if residual is None:
             results = [self.norm.normalize(inputs, gamma, beta, **options)]
@@ -218,20 +241,6 @@ class Modulated(Conditioned):
         extents = self.norm.geometry(inputs.shape).parameter_shape
         parts = keras.ops.split(made, 3 if self.gate else 2, axis=-1)
         return [keras.ops.reshape(part, (-1, *extents)) for part in parts]
-
-    def _with_own(self, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Gamma, beta and the offset of gamma of the norm and the condition together.
-
-        Of (1 + gamma) * (own_gamma * z + own_beta) + beta, where z is normalized.
-        """
-        own_gamma, own_beta = self.norm.own()
-        if own_beta is not None:
-            own_beta = keras.ops.cast(own_beta, beta.dtype)
-            beta = beta + own_beta + own_beta * gamma
-        if own_gamma is None:
-            return gamma, beta, 1.0
-        own_gamma, offset = keras.ops.cast(own_gamma, gamma.dtype), self.norm.gamma_offset
-        return own_gamma + (own_gamma + offset) * gamma, beta, offset
 
     def _check(self, inputs: Tensor, condition: Tensor) -> None:
         """Check that a condition fits the inputs, and the weights."""
