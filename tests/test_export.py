@@ -48,6 +48,22 @@ def model_of_others():
     model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(y))
     for name in ("response", "reversible"):
         randomize(model.get_layer(name))
+
+
+def modulated():
+    """Norms that something else scales and shifts, of an image of any extents, and a residual."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((None, None, 8), name="image")
+    x = keras.layers.Conv2D(6, 3, padding="same")(inputs)
+    condition = keras.layers.GlobalAveragePooling2D()(inputs)
+    y, gate = layers.Modulated(layers.LayerNormalization(), gate=True, name="m")(x, condition)
+    y, total = layers.GroupNormalization(groups=2, gamma_offset=1.0)(y * gate, residual=x)
+    y = layers.AdaptiveInstanceNormalization()(y, keras.layers.Conv2D(6, 1)(inputs))
+    y = layers.SPADE(filters=4)(y + total, keras.layers.UpSampling2D(2)(inputs))
+    model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(y))
+    randomize(model.get_layer("m"))
+    # Keras exports to ONNX what has been called.
+    model(images(1))
     return model
 
 
@@ -118,6 +134,20 @@ def test_a_saved_model_runs_without_normwise(which, request, tmp_path, capfd):
     assert_within(found, model.predict(more, verbose=0), 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The `native_serialization:DeprecationWarning")
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel from PyTorch")
+def test_a_saved_model_of_modulated_norms_runs_without_normwise(modulated, tmp_path, capfd):
+    pytest.importorskip("tensorflow")
+    modulated.export(tmp_path / "model", verbose=False)
+    for x in (images(3), images(2, 9, 7)):
+        try:
+            found = predict_elsewhere(SAVED_MODEL, tmp_path / "model", x)
+        except subprocess.CalledProcessError:
+            skip_newer_stablehlo(capfd.readouterr().err)
+            raise
+        assert_within(found, modulated.predict(x, verbose=0), 1e-4)
+
+
 def missing_for_onnx():
     if BACKEND != "torch":
         return "the export to ONNX is tried on PyTorch"
@@ -148,6 +178,16 @@ def test_an_onnx_file_runs_without_normwise(which, request, fixed, tmp_path):
     assert_within(predict_elsewhere(ONNX, file, x), want, 1e-5)
     found = predict_elsewhere(ONNX, file, more)
     assert_within(found, model.predict(more, verbose=0), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::Warning")
+@pytest.mark.skipif(missing_for_onnx() is not None, reason=str(missing_for_onnx()))
+def test_an_onnx_file_of_modulated_norms_runs_without_normwise(modulated, tmp_path):
+    file = tmp_path / "model.onnx"
+    modulated.export(file, format="onnx", verbose=False)
+    for x in (images(3), images(2, 9, 7)):
+        found = predict_elsewhere(ONNX, file, x)
+        assert_within(found, modulated.predict(x, verbose=0), 1e-4)
 
 
 COMPOSITE = """

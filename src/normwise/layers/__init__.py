@@ -1,7 +1,7 @@
 """The norms as Keras layers, with TensorFlow Addons' arguments and names."""
 
-from normwise.layers.global_response import GlobalResponseNormalization
 from normwise.layers.adaptive import AdaptiveInstanceNormalization
+from normwise.layers.global_response import GlobalResponseNormalization
 from normwise.layers.group import GroupNormalization, InstanceNormalization
 from normwise.layers.layer import LayerNormalization, RMSNormalization
 from normwise.layers.modulated import Modulated

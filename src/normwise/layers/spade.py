@@ -158,11 +158,12 @@ class SPADE(Conditioned):
         if first:
             x = keras.ops.transpose(x, (0, 2, 3, 1))
         for axis in (1, 2):
-            of_inputs = axis + 1 if first else axis
-            if x.shape[axis] is None or x.shape[axis] != inputs.shape[of_inputs]:
-                extent = keras.ops.shape(inputs)[of_inputs]
-                nearest = keras.ops.arange(extent) * keras.ops.shape(x)[axis] // extent
-                x = keras.ops.take(x, nearest, axis=axis)
+            extent = keras.ops.shape(inputs)[axis + 1 if first else axis]
+            of_map = keras.ops.shape(x)[axis]
+            # Extents that are symbols may have no comparison.
+            if not (type(extent) is type(of_map) is int and extent == of_map):
+                nearest = keras.ops.arange(extent, dtype="int32") * of_map // extent
+                x = _rows(x, nearest, extent, axis)
         return x
 
     def _spread_own(self, inputs_shape: Shape) -> list[Tensor | None]:
@@ -208,6 +209,14 @@ class SPADE(Conditioned):
             "kernel_size": self.kernel_size,
             "data_format": self.data_format,
         }
+
+
+def _rows(x: Tensor, index: Tensor, count: Any, axis: int) -> Tensor:
+    """Those of `index`, `count` of them, along an axis: of a matrix, which exports to ONNX too."""
+    x = keras.ops.moveaxis(x, axis, 0)
+    given, *others = keras.ops.shape(x)
+    matrix = keras.ops.take(keras.ops.reshape(x, (given, -1)), index, axis=0)
+    return keras.ops.moveaxis(keras.ops.reshape(matrix, (count, *others)), 0, axis)
 
 
 def _check_data_format(data_format: str | None) -> str:
