@@ -23,7 +23,7 @@ from reference import Norm as Reference
 from normwise import geometry, kernels, ops
 from normwise.activations import IDENTITY, Activation
 from normwise.kernels import gpu
-from normwise.norm import Norm, Operands
+from normwise.norm import PER_SAMPLE, SHARED, Norm, Operands
 
 BACKEND = keras.backend.backend()
 if BACKEND == "torch":
@@ -350,6 +350,48 @@ def test_vmap():
     )
     _, found = both_passes(calls(path), arrays, dy)
     assert_right(path, arrays, dy, y, [dx, *found[1:]])
+
+
+@on_torch
+@every_path
+@pytest.mark.parametrize(("lies", "dtype"), [(SHARED, "float32"), (PER_SAMPLE, "bfloat16")])
+def test_a_residual(path, lies, dtype):
+    """Both passes of the engine, with gamma and beta of all samples and of each."""
+    from normwise.kernels import torch_gpu
+
+    (x, *_), dy = tensors(path, dtype)
+    (residual, *_), dsum = tensors(path, dtype, mean=2.0)
+    samples = path.shape[:1] if lies == PER_SAMPLE else ()
+    parameters = np.random.default_rng(1).uniform(
+        0.5, 1.5, (2, *samples, *path.plan.parameter_shape)
+    )
+    parameters = keras.ops.convert_to_tensor(parameters.astype("float32"))
+    norm = Norm(path.plan, dtype, dtype, EPSILON, operands=Operands(lies, lies, residual=True))
+    assert gpu.why_not(norm) is None
+    plan = torch_gpu.engine(x.device).plan(norm)
+
+    y, total, dx, dx_with_dsum = (torch.full_like(x, torch.nan) for _ in range(4))
+    shape = path.plan.statistics_shape(path.shape)
+    statistics, gradients = (
+        parameters.new_full(shape, torch.nan),
+        torch.full_like(parameters, torch.nan),
+    )
+    plan.forward(*plan.buffers(x, *parameters, y, statistics, residual, total))
+    given = (total, *parameters, statistics, dy)
+    plan.backward(*plan.buffers(*given, dx_with_dsum, *gradients, dsum))
+    plan.backward(*plan.buffers(*given, dx, *gradients, None))
+
+    rounding = EPS[dtype] * (2 if INTERPRETED else 1)
+    for found, *terms in ((total, x, residual), (dx_with_dsum, dx, dsum)):
+        first, second = (to_numpy(each).astype("float64") for each in terms)
+        # The gradient is not rounded before dsum comes to it, as dx here is.
+        allowed = rounding * (np.abs(first) + np.abs(first + second))
+        assert_within(to_numpy(found), first + second, allowed)
+    for each in [slice(i, i + 1) for i in range(path.shape[0])] if samples else [slice(None)]:
+        of_each = [p[each][0] if samples else p for p in (*parameters, *gradients)]
+        part = path._replace(shape=tuple(x[each].shape))
+        found = map(to_numpy, (dx[each], *of_each[2:]))
+        assert_right(part, [total[each], *of_each[:2]], dy[each], to_numpy(y[each]), found)
 
 
 @on_torch

@@ -6,6 +6,8 @@ Blocks are made small, so that small inputs take every way through the kernels. 
 float32 to bfloat16 where a GPU rounds; all else is as there but for the order of sums.
 """
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from frameworks import assert_within
 from normwise import geometry
 from normwise.activations import IDENTITY, NAMES, Activation
 from normwise.kernels import gpu
-from normwise.norm import SHARED, Norm, Operands
+from normwise.norm import PER_SAMPLE, SHARED, Norm, Operands
 
 if gpu.missing() or not gpu.interpreted() or keras.backend.backend() != "torch":
     pytest.skip(
@@ -37,6 +39,7 @@ SMALL = {
     "_MOST_ALONE": 600,
     "_NEIGHBOURS": 8,
     "_TILES": 2,
+    "_ROWS": 2,
 }
 
 # Of each pattern shapes for every way through its kernels; with the small blocks.
@@ -120,8 +123,13 @@ class Problem:
         activation=IDENTITY,
         gamma=True,
         beta=True,
+        per_sample=False,
+        residual=False,
+        dsum=False,
     ):
-        operands = Operands(SHARED if gamma else None, SHARED if beta else None)
+        lie = PER_SAMPLE if per_sample else SHARED
+        operands = Operands(lie if gamma else None, lie if beta else None)
+        operands = operands._replace(residual=residual or None)
         self.norm = Norm(geo, dtype, dtype, epsilon, subtract_mean, activation, operands)
         random = np.random.default_rng(0)
         x = random.normal(mean, 1, geo.shape) if x is None else x
@@ -130,9 +138,13 @@ class Problem:
             "x": torch.tensor(x).to(as_x),
             "dy": torch.tensor(random.normal(0, 1, geo.shape)).to(as_x),
         }
+        self.parameter_shape = (geo.shape[:1] if per_sample else ()) + geo.parameter_shape
         for name, given in (("gamma", gamma), ("beta", beta)):
-            value = torch.tensor(random.uniform(0.5, 1.5, geo.parameter_shape)).float()
+            value = torch.tensor(random.uniform(0.5, 1.5, self.parameter_shape)).float()
             self.tensors[name] = value if given else None
+        for name, given in (("residual", residual), ("dsum", dsum)):
+            if given:
+                self.tensors[name] = torch.tensor(random.normal(mean, 1, geo.shape)).to(as_x)
 
     def launch(self, launches, **results):
         """The results of a pass. What none of its kernels writes is NaN."""
@@ -147,16 +159,32 @@ class Problem:
     def forward(self):
         x, geo = self.tensors["x"], self.norm.geometry
         statistics = torch.full(geo.statistics_shape(geo.shape), torch.nan)
-        y = torch.full_like(x, torch.nan)
-        return self.launch(plan.forward(self.norm, DEVICE), y=y, statistics=statistics)["y"]
+        results = {"y": torch.full_like(x, torch.nan), "statistics": statistics}
+        if self.norm.operands.residual:
+            results["sum"] = torch.full_like(x, torch.nan)
+        y = self.launch(plan.forward(self.norm, DEVICE), **results)["y"]
+        if self.norm.operands.residual:
+            self.tensors["given"], self.tensors["x"] = x, self.tensors["sum"]
+        return y
 
     def backward(self, dgamma=True, dbeta=True):
         results = {"dx": torch.full_like(self.tensors["x"], torch.nan)}
-        shape = self.norm.geometry.parameter_shape
         for name, wanted in (("dgamma", dgamma), ("dbeta", dbeta)):
             if wanted:
-                results[name] = torch.full(shape, torch.nan)
-        return self.launch(plan.backward(self.norm, DEVICE, dgamma, dbeta), **results)
+                results[name] = torch.full(self.parameter_shape, torch.nan)
+        dsum = "dsum" in self.tensors
+        return self.launch(plan.backward(self.norm, DEVICE, dgamma, dbeta, dsum), **results)
+
+    def of_sample(self, sample):
+        """The same problem for one sample, whose gamma and beta are then those of all."""
+        geo = self.norm.geometry
+        alone = Problem(geometry.Geometry((1, *geo.shape[1:]), geo.ends, geo.groups, geo.per))
+        alone.norm = dataclasses.replace(self.norm, geometry=alone.norm.geometry)
+        for name, tensor in self.tensors.items():
+            parameter = name in ("gamma", "beta")
+            each = slice(sample, sample + 1) if not parameter else sample
+            alone.tensors[name] = tensor if tensor is None else tensor[each]
+        return alone
 
     def right(self, labels, axes):
         known = {name: t if t is None else t.double().numpy() for name, t in self.tensors.items()}
@@ -172,15 +200,41 @@ class Problem:
         )
 
     def check(self, labels, axes, dgamma=True, dbeta=True):
+        y, found = self.forward(), self.backward(dgamma, dbeta)
+        if "residual" in self.tensors:
+            self.hold_sum()
+        if not self.norm.per_sample:
+            self.hold(labels, axes, y, found)
+            return
+        for sample, alone in enumerate(map(self.of_sample, range(len(y)))):
+            each = {name: values[sample : sample + 1] for name, values in found.items()}
+            alone.hold(labels[sample : sample + 1], axes, y[sample : sample + 1], each)
+
+    def hold_sum(self):
+        """Hold the sum, which is rounded once."""
+        given, residual, found = (
+            self.tensors[name].double().numpy() for name in ("given", "residual", "sum")
+        )
+        right, dtype = given + residual, self.norm.x_dtype
+        tolerance = EPS[dtype] * np.abs(right) + reference.SMALLEST[dtype]
+        assert_within(found, right, tolerance, "sum")
+
+    def hold(self, labels, axes, y, found):
+        """Hold y and the gradients, x being what was normalized."""
         right = self.right(labels, axes)
         rounding = EPS[self.norm.x_dtype] if self.norm.x_dtype != "float32" else 0
         smallest = reference.SMALLEST[self.norm.x_dtype]
         tolerance = right.y_tolerance(EPS["float32"]) + rounding * np.abs(right.y) + smallest
-        assert_within(self.forward(), right.y, tolerance, "y")
-        found = self.backward(dgamma, dbeta)
-        wanted = right.gradients(self.dy)
+        assert_within(y, right.y, tolerance, "y")
+        dx, *others = right.gradients(self.dy)
         tolerances = right.gradient_tolerances(self.dy, EPS["float32"])
-        for name, value, allowed in zip(("dx", "dgamma", "dbeta"), wanted, tolerances, strict=True):
+        if "dsum" in self.tensors:
+            # In float32 the two are added with one rounding of their sum.
+            dx = dx + self.tensors["dsum"].double().numpy()
+            tolerances = (tolerances[0] + EPS["float32"] * np.abs(dx), *tolerances[1:])
+        for name, value, allowed in zip(
+            ("dx", "dgamma", "dbeta"), (dx, *others), tolerances, strict=True
+        ):
             if name in found:
                 rounded = rounding * np.abs(value) + smallest if name == "dx" else 0
                 assert_within(found[name].reshape(value.shape), value, allowed + rounded, name)
@@ -215,6 +269,56 @@ def test_half_precision(family, name, dtype):
 def test_parameters_that_are_absent(family, name, gamma, beta):
     geo, labels, axes = case_of(family, name)
     Problem(geo, gamma=gamma, beta=beta).check(labels, axes, dgamma=gamma, dbeta=beta)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_gamma_and_beta_of_each_sample(family, name):
+    geo, labels, axes = case_of(family, name)
+    Problem(geo, mean=10.0, per_sample=True).check(labels, axes)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("gamma", "beta"), [(True, False), (False, True)])
+@pytest.mark.parametrize(("family", "name"), FEW)
+def test_gamma_or_beta_of_each_sample(family, name, gamma, beta):
+    geo, labels, axes = case_of(family, name)
+    activation = Activation("leaky_relu", 1.0)  # an identity that takes the way of the others
+    problem = Problem(geo, gamma=gamma, beta=beta, per_sample=True, activation=activation)
+    problem.check(labels, axes, dgamma=gamma, dbeta=beta)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dsum", [True, False])
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_a_residual(family, name, dsum):
+    geo, labels, axes = case_of(family, name)
+    Problem(geo, mean=1e3, residual=True, dsum=dsum).check(labels, axes)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("family", "name"), FEW)
+def test_a_residual_in_half_precision(family, name, dtype):
+    """Statistics are those of the sum as it is rounded."""
+    geo, labels, axes = case_of(family, name)
+    options = {"residual": True, "dsum": True, "per_sample": True, "subtract_mean": False}
+    Problem(geo, dtype, mean=3.0, **options).check(labels, axes)
+    Problem(geo, dtype, mean=3.0, residual=True).check(labels, axes)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_a_sum_of_equal_elements_gives_beta(family, name):
+    geo, labels, axes = case_of(family, name)
+    options = {"residual": True, "per_sample": True, "epsilon": 0.0}
+    problem = Problem(geo, x=np.full(geo.shape, 0.1 + 1e4), **options)
+    problem.tensors["residual"][:] = 0.3
+    y = problem.forward()
+    for sample in range(len(y)):
+        one = problem.of_sample(sample).right(labels[sample : sample + 1], axes)
+        beta = np.broadcast_to(one.shift, one.x.shape)
+        assert_within(y[sample : sample + 1], beta, 0, "y")
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -335,3 +439,28 @@ def test_a_sample_is_alone(family, name):
     assert (first.backward()["dx"] == dx[:1]).all()
     problem.tensors["x"][1:] = torch.nan
     assert (problem.forward()[:1] == y[:1]).all()
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("family", "name"), [c for c in CASES if c[1] != "rows, one"])
+def test_a_sample_with_its_own_gamma_is_alone(family, name):
+    """The same, and of what its gamma and beta get."""
+    geo, _, _ = case_of(family, name)
+    problem = Problem(geo, per_sample=True, residual=True, dsum=True)
+    y, found = problem.forward(), problem.backward()
+    alone = Problem(
+        geometry.Geometry((1, *geo.shape[1:]), geo.ends, geo.groups, geo.per),
+        per_sample=True,
+        residual=True,
+        dsum=True,
+    )
+    names = ("residual", "dy", "dsum", "gamma", "beta")
+    alone.tensors.update({key: problem.tensors[key][:1].contiguous() for key in names})
+    alone.tensors["x"] = problem.tensors["given"][:1].contiguous()
+    assert (alone.forward() == y[:1]).all()
+    for key, value in alone.backward().items():
+        assert (value == found[key][:1]).all(), key
+    for tensor in problem.tensors.values():
+        tensor[1:] = torch.nan
+    for key, value in problem.backward().items():
+        assert (value[:1] == found[key][:1]).all(), key

@@ -11,7 +11,7 @@ import pytest
 from normwise import geometry
 from normwise.activations import Activation
 from normwise.kernels import gpu
-from normwise.norm import SHARED, Norm, Operands
+from normwise.norm import PER_SAMPLE, SHARED, Norm, Operands
 
 if gpu.missing() or gpu.interpreted() or keras.backend.backend() != "torch":
     pytest.skip(
@@ -78,15 +78,20 @@ PATTERNS = {
 }
 
 
-def norm_of(name, dtype="bfloat16", activation="identity"):
-    operands = Operands(SHARED, SHARED)
+# Gamma and beta alone, and all that the kernels take.
+FEWEST = Operands(SHARED, SHARED)
+MOST = Operands(PER_SAMPLE, PER_SAMPLE, residual=True)
+few_and_most = pytest.mark.parametrize("operands", [FEWEST, MOST], ids=["fewest", "most"])
+
+
+def norm_of(name, dtype="bfloat16", activation="identity", operands=FEWEST):
     is_rms = name.startswith("rms")
     return Norm(CASES[name], dtype, dtype, 1e-3, not is_rms, Activation(activation), operands)
 
 
 def launches_of(norm, device):
     forward = plan.forward(norm, device)
-    backward = plan.backward(norm, device, True, True)
+    backward = plan.backward(norm, device, True, True, dsum=bool(norm.operands.residual))
     return (*forward.launches, *backward.launches)
 
 
@@ -102,11 +107,12 @@ def spilled(kernel, tmp_path):
     return int(re.search(r"STACK:(\d+)", usage.stdout.decode())[1])
 
 
+@few_and_most
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("target", DEVICES)
-def test_every_launch_compiles_without_a_spill(target, name, dtype, tmp_path):
-    norm = norm_of(name, dtype)
+def test_every_launch_compiles_without_a_spill(target, name, dtype, operands, tmp_path):
+    norm = norm_of(name, dtype, operands=operands)
     for each in launches_of(norm, DEVICES[target]):
         kernel = launch.compiled(each, launch.dtypes_of(norm), DEVICES[target])
         assert spilled(kernel, tmp_path) == 0, each
@@ -140,10 +146,11 @@ HUGE = {
 }
 
 
+@few_and_most
 @pytest.mark.parametrize("name", HUGE)
-def test_places_past_32_bits(name):
+def test_places_past_32_bits(name, operands):
     """No product with an extent is taken in 32 bits that needs more."""
-    norm = dataclasses.replace(norm_of("ln bert"), geometry=HUGE[name])
+    norm = dataclasses.replace(norm_of("ln bert", operands=operands), geometry=HUGE[name])
     for each in launches_of(norm, H100):
         launch.compiled(each, launch.dtypes_of(norm), H100)
 
@@ -175,46 +182,56 @@ def test_a_kernel_is_compiled_once_for_batches_of_any_size():
     assert len(kernels) == 1
 
 
+@few_and_most
 @pytest.mark.parametrize(("name", "kernels"), PATTERNS.items())
-def test_which_kernels_run(name, kernels):
+def test_which_kernels_run(name, kernels, operands):
     found = [
         f"{each.kernel.__module__.rpartition('.')[2]}.{each.kernel.__name__}"
-        for each in launches_of(norm_of(name), H100)
+        for each in launches_of(norm_of(name, operands=operands), H100)
     ]
     assert found == [*kernels, "pieces.sum_parameters"]
 
 
+@few_and_most
 @pytest.mark.parametrize("name", CASES)
-def test_a_plan_is_complete(name):
+def test_a_plan_is_complete(name, operands):
     """What a launch reads is given or was written, and what is asked for is written."""
-    norm = norm_of(name)
+    norm = norm_of(name, operands=operands)
+    adds = bool(operands.residual)
     for made, given, results in (
-        (plan.forward(norm, H100), {"x", "gamma", "beta"}, {"y", "statistics"}),
         (
-            plan.backward(norm, H100, True, True),
-            {"x", "gamma", "beta", "statistics", "dy"},
+            plan.forward(norm, H100),
+            {"x", "gamma", "beta"} | ({"residual"} if adds else set()),
+            {"y", "statistics"} | ({"sum"} if adds else set()),
+        ),
+        (
+            plan.backward(norm, H100, True, True, dsum=adds),
+            {"x", "gamma", "beta", "statistics", "dy"} | ({"dsum"} if adds else set()),
             {"dx", "dgamma", "dbeta"},
         ),
     ):
         known = set(given)
         for each in made.launches:
             assert set(each.reads) - {None} <= known
-            assert set(each.writes) <= results | set(made.scratch)
+            assert set(each.writes) - {None} <= results | set(made.scratch)
             known |= set(each.writes)
+        assert given <= {name for each in made.launches for name in each.reads}
+        for each in made.launches:
             assert 0 < each.programs < 2**31
             assert each.threads & (each.threads - 1) == 0
         assert results <= known
         assert set(made.scratch) <= known
 
 
+@few_and_most
 @pytest.mark.parametrize("name", [n for n, g in CASES.items() if g.shape[0] > 1])
-def test_a_sample_is_planned_alike_in_every_batch(name):
-    norm = norm_of(name)
+def test_a_sample_is_planned_alike_in_every_batch(name, operands):
+    norm = norm_of(name, operands=operands)
     alone = dataclasses.replace(
         norm, geometry=dataclasses.replace(norm.geometry, shape=(1, *norm.geometry.shape[1:]))
     )
     for pair in zip(launches_of(norm, H100), launches_of(alone, H100), strict=True):
-        if pair[0].kernel.__name__ == "sum_parameters":
+        if pair[0].kernel.__name__ == "sum_parameters" and not norm.per_sample:
             continue
         many, one = pair
         assert (many.kernel, many.constants, many.threads) == (
@@ -222,6 +239,12 @@ def test_a_sample_is_planned_alike_in_every_batch(name):
             one.constants,
             one.threads,
         )
+        if norm.per_sample:
+            # In what order dgamma and dbeta are summed is told by numbers.
+            assert (many.numbers, many.programs) == (
+                one.numbers,
+                one.programs * norm.geometry.shape[0],
+            )
 
 
 def test_what_no_gradient_asks_for_is_not_planned():
@@ -253,3 +276,13 @@ def test_what_the_kernels_do_not_take(changes, reason):
     norm = dataclasses.replace(norm_of("ln bert"), **changes)
     assert reason in gpu.why_not(norm)
     assert gpu.why_not(norm_of("ln bert")) is None
+    assert gpu.why_not(norm_of("ln bert", operands=MOST)) is None
+
+
+def test_a_sample_has_few_sums():
+    """Of many short samples they would take as many bytes as x."""
+    norm = dataclasses.replace(
+        norm_of("ln bert", operands=MOST), geometry=geometry.layer((256, 256, 1152))
+    )
+    made = plan.backward(norm, H100, True, True)
+    assert made.scratch["sums"] * 16 <= 256 * 256 * 1152

@@ -41,7 +41,7 @@ from normwise.kernels import jax as kernel
 from normwise.kernels import jax_gpu
 from normwise.kernels.gpu import plan
 from normwise.kernels.gpu.launch import Device
-from normwise.norm import SHARED, Norm, Operands
+from normwise.norm import PER_SAMPLE, SHARED, Norm, Operands
 
 DEVICES = {
     "cuda": Device("cuda", 90, 32, multiprocessors=132),
@@ -207,6 +207,35 @@ def test_the_arrays_say_whether_there_is_gamma():
     bind = functools.partial(kernel._NATIVE.forward.bind, norm=norm)
     ((reads, _, _),) = calls(bind, x, gamma, absent)
     assert reads == ["<8x6x16xf32>", "<6x16xf32>"]
+
+
+@pytest.mark.parametrize("name", ["layer", "kept", "batch of one", "long rows"])
+@pytest.mark.usefixtures("plugin")
+def test_all_operands_are_those_of_the_plans(name):
+    """Gamma and beta of each sample, a residual, and what comes to the sum by another way."""
+    norm, options, shape, _ = CASES[name]
+    make = geometry.group if norm is ops.group_norm else geometry.layer
+    operands = Operands(PER_SAMPLE, PER_SAMPLE, residual=True)
+    known = Norm(make(shape, **options), "bfloat16", "bfloat16", EPSILON, operands=operands)
+    x = jax.ShapeDtypeStruct(shape, "bfloat16")
+    own = jax.ShapeDtypeStruct((shape[0], *known.geometry.parameter_shape), "float32")
+    statistics = jax.ShapeDtypeStruct(known.geometry.statistics_shape(shape), "float32")
+    forward, backward = (
+        functools.partial(each, norm=known) for each in (jax_gpu.forward, jax_gpu.backward)
+    )
+    for one, found, given in (
+        (plan.forward(known, DEVICES["cuda"]), forward, (x, own, own, x)),
+        (
+            plan.backward(known, DEVICES["cuda"], True, True, dsum=True),
+            backward,
+            (x, own, own, statistics, x, x),
+        ),
+    ):
+        programs = [(told(call[2])[1], len(call[0]), len(call[1])) for call in calls(found, *given)]
+        assert programs == [
+            (each.programs, sum(map(bool, each.reads)), sum(map(bool, each.writes)))
+            for each in one.launches
+        ]
 
 
 @pytest.mark.usefixtures("plugin")

@@ -24,7 +24,7 @@ import jax, jax.numpy as jnp, numpy as np, torch
 from normwise import geometry
 from normwise.kernels import composite, jax as kernel, jax_gpu
 from normwise.kernels.gpu import launch, plan
-from normwise.norm import Norm, Operands
+from normwise.norm import PER_SAMPLE, Norm, Operands
 
 plan._TILE = plan._MOST = plan._MOST_WHOLE = 64
 plan._MOST_BACKWARD, plan._MOST_ALONE, plan._NEIGHBOURS = 32, 300, 8
@@ -92,6 +92,22 @@ for name, plan_ in GEOMETRIES.items():
     batched = [jax.jit(jax.vmap(lambda x: how(norm, x, Operands(given[0]))))(many)
                for how in (primitives.run, composite.run)]
     same(*batched, 2e-5)
+
+    # Gamma and beta of each sample, and a residual, whose sum goes elsewhere too or does not.
+    residual, dsum = rng.normal(3, 2, (2, *plan_.shape)).astype("float32")
+    own = rng.uniform(0.5, 1.5, (2, plan_.shape[0], *plan_.parameter_shape)).astype("float32")
+    norm = Norm(plan_, "float32", "float32", 1e-3, operands=Operands(PER_SAMPLE, PER_SAMPLE))
+
+    def meant(x, gamma, beta, residual):
+        return composite.run(norm, x + residual, Operands(gamma, beta)), x + residual
+
+    results, pull = jax.vjp(meant, x, *own, residual)
+    norm = norm.with_operands(norm.operands._replace(residual=True))
+    y, statistics, total = jax_gpu.forward(x, *own, residual, norm)
+    same((y, total), results, 2e-5)
+    for given, same_as in ((dsum, dsum), (jnp.zeros(0), 0 * dsum)):
+        found = jax_gpu.backward(total, *own, statistics, dy, given, norm)
+        same(found, pull((dy, same_as))[:3], 2e-5)
 
 # Where jit is disabled, and where a NaN is sought.
 norm = Norm(GEOMETRIES["rows"], "float32", "float32", 1e-3)

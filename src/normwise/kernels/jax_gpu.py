@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from normwise.kernels import gpu, private
-from normwise.norm import Norm, Operands
+from normwise.norm import PER_SAMPLE, SHARED, Norm
 
 # XLA aligns what it allocates to more, and jaxlib checks it at each launch.
 _ALIGNMENT = 16
@@ -60,22 +60,28 @@ def device():
     return Device("hip", arch, 64, multiprocessors)
 
 
-def forward(x, gamma, beta, norm: Norm):
-    """The result and the statistics of x."""
+def forward(x, gamma, beta, residual, norm: Norm):
+    """The result and the statistics of x, and its sum with a residual, empty where none is."""
     from normwise.kernels.gpu import plan
 
     statistics = norm.geometry.statistics_shape(x.shape)
-    results = {"y": x, "statistics": jax.ShapeDtypeStruct(statistics, norm.arithmetic)}
-    found = _run(plan.forward(norm, device()), {"x": x, "gamma": gamma, "beta": beta}, results)
-    return found["y"], found["statistics"]
+    statistics = jax.ShapeDtypeStruct(statistics, norm.arithmetic)
+    operands = {"x": x, "gamma": gamma, "beta": beta, "residual": residual}
+    results = {"y": x, "statistics": statistics, "sum": residual}
+    found = _run(plan.forward(norm, device()), operands, results)
+    return found["y"], found["statistics"], found.get("sum", residual)
 
 
-def backward(x, gamma, beta, statistics, dy, norm: Norm):
-    """The gradients by x, gamma and beta; that of one that is absent is absent too."""
+def backward(x, gamma, beta, statistics, dy, dsum, norm: Norm):
+    """The gradients by x, gamma and beta; that of one that is absent is absent too.
+
+    With a residual x is the sum, and dsum, if it is not empty, what comes to it by another way.
+    """
     from normwise.kernels.gpu import plan
 
-    launches = plan.backward(norm, device(), gamma.size > 0, beta.size > 0)
-    operands = {"x": x, "gamma": gamma, "beta": beta, "statistics": statistics, "dy": dy}
+    launches = plan.backward(norm, device(), gamma.size > 0, beta.size > 0, dsum.size > 0)
+    operands = {"x": x, "gamma": gamma, "beta": beta, "statistics": statistics}
+    operands |= {"dy": dy, "dsum": dsum}
     found = _run(launches, operands, {"dx": x, "dgamma": gamma, "dbeta": beta})
     return found["dx"], found.get("dgamma", gamma), found.get("dbeta", beta)
 
@@ -155,9 +161,11 @@ def _code(kernel, make):
 
 def _of(norm: Norm, x, gamma, beta) -> Norm:
     """The norm of arrays of these types: a batched or a split one does not know them before."""
-    present = Operands(*(p if p.size else None for p in (gamma, beta)))
+    lies = PER_SAMPLE if norm.per_sample else SHARED
+    gamma, beta = (lies if p.size else None for p in (gamma, beta))
     geometry = dataclasses.replace(norm.geometry, shape=x.shape)
-    return dataclasses.replace(norm, geometry=geometry, operands=present.lie())
+    operands = norm.operands._replace(gamma=gamma, beta=beta)
+    return dataclasses.replace(norm, geometry=geometry, operands=operands)
 
 
 def passed(function, meant, types):

@@ -11,6 +11,9 @@ from normwise.norm import Norm
 
 _FORWARD = ("x", "gamma", "beta", "y", "statistics")
 _BACKWARD = ("x", "gamma", "beta", "statistics", "dy", "dx", "dgamma", "dbeta")
+# What follows them where there is a residual.
+_FORWARD_ADDING = ("residual", "sum")
+_BACKWARD_ADDING = ("dsum",)
 # Of buffers that are one after another in one allocation, in float32.
 _APART = 32
 
@@ -18,7 +21,8 @@ _APART = 32
 @functools.cache
 def engine(device: torch.device) -> Engine:
     """The engine of one device."""
-    return Engine(gpu.NAME, gpu.why_not, None, None, functools.partial(_Plan, device=device))
+    plan = functools.partial(_Plan, device=device)
+    return Engine(gpu.NAME, gpu.why_not, None, None, plan, adds=True)
 
 
 @functools.cache
@@ -55,15 +59,18 @@ class _Plan:
         self._facts = _facts(device)
         self._norm, self._device = norm, device
         self._plan = plan
-        self.forward = self._ready(plan.forward(norm, self._facts), _FORWARD)
-        self._backward = {}
+        adds = norm.operands.residual
+        names = (*_FORWARD, *_FORWARD_ADDING) if adds else _FORWARD
+        self.forward = self._ready(plan.forward(norm, self._facts), names)
+        self._backward, self._names = {}, (*_BACKWARD, *_BACKWARD_ADDING) if adds else _BACKWARD
 
     def backward(self, *buffers):
         """Engine.backward of this norm."""
-        wanted = buffers[-2] is not None, buffers[-1] is not None
+        # Of dgamma, dbeta, and dsum where there is a residual.
+        wanted = tuple([buffer is not None for buffer in buffers[6:]])
         if wanted not in self._backward:
             launches = self._plan.backward(self._norm, self._facts, *wanted)
-            self._backward[wanted] = self._ready(launches, _BACKWARD)
+            self._backward[wanted] = self._ready(launches, self._names)
         self._backward[wanted](*buffers)
 
     def _ready(self, launches, names):

@@ -8,6 +8,10 @@
     whole.py     runs, and columns (positions before channels), that fit registers
     pieces.py    sets that are cut in pieces, of all patterns
 
+Kernels are told `programs_of_sample`, how many programs a sample has where gamma and beta are its own,
+and then `outer` is that of a sample; else None, and that of all. RESIDUAL and SUM, or DSUM, are None
+where x is normalized alone.
+
 This module brings no Triton: it is imported where a GPU is used.
 """
 

@@ -19,6 +19,31 @@ def write(POINTER, place, values, there, EVICTION: tl.constexpr = ""):
 
 
 @triton.jit
+def plus(x, RESIDUAL, SUM, place, there):
+    """x and a residual, rounded as the sum is that is written where there is a SUM; or x alone."""
+    if RESIDUAL is not None:
+        total = (x + read(RESIDUAL, place, there)).to(RESIDUAL.dtype.element_ty)
+        if SUM is not None:
+            tl.store(SUM + place, total, mask=there)
+        x = total.to(tl.float32)
+    return x
+
+
+@triton.jit
+def read_sum(X, RESIDUAL, SUM, place, there):
+    """What is normalized: elements of x, or of its sum with a residual."""
+    return plus(read(X, place, there), RESIDUAL, SUM, place, there)
+
+
+@triton.jit
+def write_gradient(DX, DSUM, place, dx, there, EVICTION: tl.constexpr = ""):
+    """Write dx, and in it what comes to the sum of x and a residual by another way."""
+    if DSUM is not None:
+        dx += read(DSUM, place, there, EVICTION)
+    write(DX, place, dx, there, EVICTION)
+
+
+@triton.jit
 def inverse_root(variance, epsilon):
     """1 / sqrt(variance + epsilon), and 0 for equal elements at epsilon 0."""
     radicand = variance + epsilon
@@ -47,6 +72,25 @@ def parameter(POINTER, index, there, absent: tl.constexpr):
     else:
         values = tl.load(POINTER + index, mask=there, other=absent).to(tl.float32)
     return values
+
+
+@triton.jit
+def own(channel, channels, programs_of_sample):
+    """Where gamma and beta of a channel lie: one after another, where each sample has its own."""
+    if programs_of_sample is not None:
+        channel += (tl.program_id(0) // programs_of_sample).to(tl.int64) * channels
+    return channel
+
+
+@triton.jit
+def bounds(chunk, length, end, programs_of_chunk, programs_of_sample):
+    """Where a chunk begins and what it may not pass: the `end` of all that share gamma and beta."""
+    start = chunk * length
+    if programs_of_sample is not None:
+        chunks = programs_of_sample // programs_of_chunk
+        before = chunk // chunks * end
+        start, end = before + chunk % chunks * length, before + end
+    return start, end
 
 
 @triton.jit

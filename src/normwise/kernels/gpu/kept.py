@@ -8,13 +8,17 @@ import triton
 import triton.language as tl
 
 from normwise.kernels.gpu.arithmetic import (
+    bounds,
     inverse_root,
     normalize,
+    own,
     parameter,
     read,
+    read_sum,
     result,
     through,
     write,
+    write_gradient,
 )
 
 
@@ -39,9 +43,12 @@ def forward(
     X,
     GAMMA,
     BETA,
+    RESIDUAL,
     Y,
     STATISTICS,
+    SUM,
     after,
+    programs_of_sample,
     epsilon,
     MEMBERS: tl.constexpr,
     SUBTRACT_MEAN: tl.constexpr,
@@ -53,17 +60,20 @@ def forward(
     """y and the statistics (outer, 2, after)."""
     sample, position, exists = _positions(tl.program_id(0), after, BLOCK_AFTER)
     x_of_sample, y_of_sample = X + sample * MEMBERS * after, Y + sample * MEMBERS * after
+    if RESIDUAL is not None:
+        RESIDUAL += sample * MEMBERS * after
+        SUM += sample * MEMBERS * after
     WHOLE: tl.constexpr = BLOCK_MEMBERS >= MEMBERS
     member, place, there = _block(0, position, exists, after, MEMBERS, BLOCK_MEMBERS)
-    x = read(x_of_sample, place, there)
+    x = read_sum(x_of_sample, RESIDUAL, SUM, place, there)
     mean = tl.zeros([BLOCK_AFTER], tl.float32)
     if SUBTRACT_MEAN:
         # From an element of the set, so that equal ones leave exactly 0.
-        first = tl.load(x_of_sample + position, mask=exists, other=0.0).to(tl.float32)
+        first = read_sum(x_of_sample, RESIDUAL, None, position, exists)
         total = tl.where(there, x - first[None, :], 0.0)
         for start in range(BLOCK_MEMBERS, MEMBERS, BLOCK_MEMBERS):
             member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
-            each = read(x_of_sample, place, there)
+            each = read_sum(x_of_sample, RESIDUAL, None, place, there)
             total += tl.where(there, each - first[None, :], 0.0)
         mean = first + tl.sum(total, 0) / MEMBERS
     member, place, there = _block(0, position, exists, after, MEMBERS, BLOCK_MEMBERS)
@@ -71,7 +81,7 @@ def forward(
     squares = x * x
     for start in range(BLOCK_MEMBERS, MEMBERS, BLOCK_MEMBERS):
         member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
-        each = read(x_of_sample, place, there)
+        each = read_sum(x_of_sample, RESIDUAL, SUM, place, there)
         each = tl.where(there, each - mean[None, :], 0.0)
         squares += each * each
     inv_std = inverse_root(tl.sum(squares, 0) / MEMBERS, epsilon)
@@ -81,10 +91,11 @@ def forward(
     for start in range(0, MEMBERS, BLOCK_MEMBERS):
         member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
         if not WHOLE:
-            x = read(x_of_sample, place, there)
+            x = read_sum(x_of_sample, RESIDUAL, None, place, there)
             x = x - mean[None, :]
-        gamma = parameter(GAMMA, member, member < MEMBERS, 1.0)[:, None]
-        beta = parameter(BETA, member, member < MEMBERS, 0.0)[:, None]
+        of_sample = own(member, MEMBERS, programs_of_sample)
+        gamma = parameter(GAMMA, of_sample, member < MEMBERS, 1.0)[:, None]
+        beta = parameter(BETA, of_sample, member < MEMBERS, 0.0)[:, None]
         y = result(x * inv_std[None, :], gamma, beta, ACTIVATION, SLOPE)
         write(y_of_sample, place, y, there)
 
@@ -96,11 +107,13 @@ def backward(
     BETA,
     STATISTICS,
     DY,
+    DSUM,
     DX,
     SUMS,
     outer,
     after,
     programs,
+    programs_of_sample,
     MEMBERS: tl.constexpr,
     SUBTRACT_MEAN: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -115,11 +128,14 @@ def backward(
     """
     program = tl.program_id(0)
     member = tl.arange(0, BLOCK_MEMBERS)
-    gamma = parameter(GAMMA, member, member < MEMBERS, 1.0)[:, None]
-    beta = parameter(BETA, member, member < MEMBERS, 0.0)[:, None]
+    of_sample = own(member, MEMBERS, programs_of_sample)
+    gamma = parameter(GAMMA, of_sample, member < MEMBERS, 1.0)[:, None]
+    beta = parameter(BETA, of_sample, member < MEMBERS, 0.0)[:, None]
     products = tl.zeros([BLOCK_MEMBERS, BLOCK_AFTER], tl.float32)
     total = tl.zeros([BLOCK_MEMBERS, BLOCK_AFTER], tl.float32)
-    for unit in range(program, outer * tl.cdiv(after, BLOCK_AFTER), programs):
+    units = outer * tl.cdiv(after, BLOCK_AFTER)
+    start, end = bounds(program, 1, units, 1, programs_of_sample)
+    for unit in range(start, end, programs):
         sample, position, exists = _positions(unit, after, BLOCK_AFTER)
         _, place, there = _block(0, position, exists, after, MEMBERS, BLOCK_MEMBERS)
         place += sample * MEMBERS * after
@@ -135,7 +151,7 @@ def backward(
         dx = ahead - normalized * (tl.sum(ahead * normalized, 0) / MEMBERS)[None, :]
         if SUBTRACT_MEAN:
             dx -= (tl.sum(ahead, 0) / MEMBERS)[None, :]
-        write(DX, place, dx * inv_std, there)
+        write_gradient(DX, DSUM, place, dx * inv_std, there)
         if SUMS is not None:
             products += dz * normalized
             total += dz
@@ -152,9 +168,11 @@ def backward_in_blocks(
     BETA,
     STATISTICS,
     DY,
+    DSUM,
     DX,
     SUMS,
     after,
+    programs_of_sample,
     MEMBERS: tl.constexpr,
     SUBTRACT_MEAN: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -170,6 +188,8 @@ def backward_in_blocks(
         DY + start_of_sample,
         DX + start_of_sample,
     )
+    if DSUM is not None:
+        DSUM += start_of_sample
     statistics = STATISTICS + sample * 2 * after + position
     mean = tl.load(statistics, mask=exists, other=0.0)[None, :]
     inv_std = tl.load(statistics + after, mask=exists, other=0.0)[None, :]
@@ -177,8 +197,9 @@ def backward_in_blocks(
     total = tl.zeros([1, BLOCK_AFTER], tl.float32)
     for start in range(0, MEMBERS, BLOCK_MEMBERS):
         member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
-        gamma = parameter(GAMMA, member, member < MEMBERS, 1.0)[:, None]
-        beta = parameter(BETA, member, member < MEMBERS, 0.0)[:, None]
+        of_sample = own(member, MEMBERS, programs_of_sample)
+        gamma = parameter(GAMMA, of_sample, member < MEMBERS, 1.0)[:, None]
+        beta = parameter(BETA, of_sample, member < MEMBERS, 0.0)[:, None]
         x = read(x_of_sample, place, there)
         dy = read(dy_of_sample, place, there)
         normalized = normalize(x, mean, inv_std, there)
@@ -193,8 +214,9 @@ def backward_in_blocks(
         total += tl.sum(ahead, 0)[None, :]
     for start in range(0, MEMBERS, BLOCK_MEMBERS):
         member, place, there = _block(start, position, exists, after, MEMBERS, BLOCK_MEMBERS)
-        gamma = parameter(GAMMA, member, member < MEMBERS, 1.0)[:, None]
-        beta = parameter(BETA, member, member < MEMBERS, 0.0)[:, None]
+        of_sample = own(member, MEMBERS, programs_of_sample)
+        gamma = parameter(GAMMA, of_sample, member < MEMBERS, 1.0)[:, None]
+        beta = parameter(BETA, of_sample, member < MEMBERS, 0.0)[:, None]
         x = read(x_of_sample, place, there)
         dy = read(dy_of_sample, place, there)
         normalized = (x - mean) * inv_std
@@ -202,4 +224,4 @@ def backward_in_blocks(
         dx = dz * gamma - normalized * (product / MEMBERS)
         if SUBTRACT_MEAN:
             dx -= total / MEMBERS
-        write(dx_of_sample, place, dx * inv_std, there)
+        write_gradient(dx_of_sample, DSUM, place, dx * inv_std, there)

@@ -162,6 +162,6 @@ def divided(number: int, by: int) -> int:
 
 def dtypes_of(norm: Norm) -> dict[str, str]:
     """The dtypes of the buffers of a norm's passes, by their names."""
-    like_x = dict.fromkeys(("x", "y", "dy", "dx"), norm.dtype)
+    like_x = dict.fromkeys(("x", "residual", "sum", "y", "dy", "dsum", "dx"), norm.dtype)
     others = ("gamma", "beta", "dgamma", "dbeta", "statistics", "parts", "sums", "means")
     return {**like_x, **dict.fromkeys(others, norm.arithmetic)}

@@ -24,11 +24,14 @@ from normwise.kernels.gpu.arithmetic import (
     inverse_root,
     normalize,
     not_negative,
+    own,
     parameter,
     read,
+    read_sum,
     result,
     through,
     write,
+    write_gradient,
 )
 
 
@@ -76,6 +79,8 @@ def _tile(
 @triton.jit
 def moments(
     X,
+    RESIDUAL,
+    SUM,
     PARTS,
     channels,
     positions,
@@ -96,14 +101,14 @@ def moments(
     place, there = _tile(
         start, end, run, channel, channels, positions, CHANNELS_LAST, BLOCK_POSITIONS
     )
-    x = read(X, place, there)
+    x = read_sum(X, RESIDUAL, SUM, place, there)
     shift = tl.zeros([BLOCK_CHANNELS], tl.float32)
     deviation = x
     if SUBTRACT_MEAN:
         # Sums are shifted by the mean of the first tile: of no less, for an element far off would
         # leave few digits of the others; and that from one of them, so that equal ones leave 0.
         of_first = places(run, channel, start, channels, positions, CHANNELS_LAST)
-        shift += tl.load(X + of_first, mask=exists, other=0.0).to(tl.float32)
+        shift += read_sum(X, RESIDUAL, None, of_first, exists)
         count = tl.minimum(end - start, BLOCK_POSITIONS).to(tl.float32)
         shift += tl.sum(tl.where(there, x - shift[:, None], 0.0), 1) / count
         deviation = tl.where(there, x - shift[:, None], 0.0)
@@ -112,7 +117,7 @@ def moments(
         place, there = _tile(
             first, end, run, channel, channels, positions, CHANNELS_LAST, BLOCK_POSITIONS
         )
-        x = read(X, place, there)
+        x = read_sum(X, RESIDUAL, SUM, place, there)
         deviation = x
         if SUBTRACT_MEAN:
             deviation = tl.where(there, x - shift[:, None], 0.0)
@@ -245,6 +250,7 @@ def apply(
     pieces,
     pieces_of_run,
     length,
+    programs_of_sample,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -261,8 +267,9 @@ def apply(
     exists = channel < channels
     mean, inv_std = _set(STATISTICS, sample, channel, exists, GROUPS, MEMBERS)
     if not OF_ELEMENTS:
-        gamma = parameter(GAMMA, channel, exists, 1.0)[:, None]
-        beta = parameter(BETA, channel, exists, 0.0)[:, None]
+        of_sample = own(channel, channels, programs_of_sample)
+        gamma = parameter(GAMMA, of_sample, exists, 1.0)[:, None]
+        beta = parameter(BETA, of_sample, exists, 0.0)[:, None]
     for first in range(start, end, BLOCK_POSITIONS):
         place, there = _tile(
             first, end, run, channel, channels, positions, CHANNELS_LAST, BLOCK_POSITIONS
@@ -270,6 +277,7 @@ def apply(
         if OF_ELEMENTS:
             position = first + tl.arange(0, BLOCK_POSITIONS)
             element = channel[:, None].to(tl.int64) * positions + position[None, :]
+            element = own(element, channels.to(tl.int64) * positions, programs_of_sample)
             gamma = parameter(GAMMA, element, there, 1.0)
             beta = parameter(BETA, element, there, 0.0)
         x = read(X, place, there)
@@ -290,6 +298,7 @@ def sums(
     pieces,
     pieces_of_run,
     length,
+    programs_of_sample,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -311,8 +320,9 @@ def sums(
     exists = channel < channels
     mean, inv_std = _set(STATISTICS, sample, channel, exists, GROUPS, MEMBERS)
     if not OF_ELEMENTS:
-        gamma = parameter(GAMMA, channel, exists, 1.0)[:, None]
-        beta = parameter(BETA, channel, exists, 0.0)[:, None]
+        of_sample = own(channel, channels, programs_of_sample)
+        gamma = parameter(GAMMA, of_sample, exists, 1.0)[:, None]
+        beta = parameter(BETA, of_sample, exists, 0.0)[:, None]
     products = tl.zeros([BLOCK_CHANNELS, BLOCK_POSITIONS], tl.float32)
     total = tl.zeros([BLOCK_CHANNELS, BLOCK_POSITIONS], tl.float32)
     for first in range(start, end, BLOCK_POSITIONS):
@@ -322,6 +332,7 @@ def sums(
         if OF_ELEMENTS:
             position = first + tl.arange(0, BLOCK_POSITIONS)
             element = channel[:, None].to(tl.int64) * positions + position[None, :]
+            element = own(element, channels.to(tl.int64) * positions, programs_of_sample)
             gamma = parameter(GAMMA, element, there, 1.0)
             beta = parameter(BETA, element, there, 0.0)
         x = read(X, place, there)
@@ -348,6 +359,7 @@ def merge_sums(
     pieces,
     pieces_of_run,
     length,
+    programs_of_sample,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
@@ -379,6 +391,7 @@ def merge_sums(
             out = SUMS + sample * 2 * channels + channel
             tl.store(out, of_channel, mask=exists)
             tl.store(out + channels, total_of_channel, mask=exists)
+        channel = own(channel, channels, programs_of_sample)
         gamma = parameter(GAMMA, channel, exists, 1.0)
         products_of_set += tl.sum(of_channel * gamma, 1)
         total_of_set += tl.sum(total_of_channel * gamma, 1)
@@ -403,7 +416,7 @@ def merge_sums_of_rows(
 ):
     """The MEANS of sums that have gamma in them."""
     merge_sums(
-        PARTS, None, None, MEANS, positions, pieces, pieces_of_run, length,
+        PARTS, None, None, MEANS, positions, pieces, pieces_of_run, length, None,
         GROUPS, MEMBERS, BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_PIECES,
     )  # fmt: skip
 
@@ -416,11 +429,13 @@ def gradient(
     STATISTICS,
     DY,
     MEANS,
+    DSUM,
     DX,
     positions,
     pieces,
     pieces_of_run,
     length,
+    programs_of_sample,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -437,8 +452,9 @@ def gradient(
     exists = channel < channels
     mean, inv_std = _set(STATISTICS, sample, channel, exists, GROUPS, MEMBERS)
     product, total = _set(MEANS, sample, channel, exists, GROUPS, MEMBERS)
-    gamma = parameter(GAMMA, channel, exists, 1.0)
-    beta = parameter(BETA, channel, exists, 0.0)
+    of_sample = own(channel, channels, programs_of_sample)
+    gamma = parameter(GAMMA, of_sample, exists, 1.0)
+    beta = parameter(BETA, of_sample, exists, 0.0)
     for first in range(start, end, BLOCK_POSITIONS):
         place, there = _tile(
             first, end, run, channel, channels, positions, CHANNELS_LAST, BLOCK_POSITIONS
@@ -450,7 +466,7 @@ def gradient(
         dx = dz * gamma[:, None] - normalized * product[:, None]
         if SUBTRACT_MEAN:
             dx -= total[:, None]
-        write(DX, place, dx * inv_std[:, None], there)
+        write_gradient(DX, DSUM, place, dx * inv_std[:, None], there)
 
 
 @triton.jit
@@ -460,11 +476,19 @@ def sum_parameters(
     DBETA,
     rows,
     channels,
+    programs_of_sample,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    """dgamma and dbeta (channels,): the sums over the rows of SUMS (rows, 2, channels)."""
-    channel = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    """dgamma and dbeta (channels,): the sums over the rows of SUMS (rows, 2, channels).
+
+    Where each sample has its own, they and SUMS have one axis more in front.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if programs_of_sample is not None:
+        SUMS += program // programs_of_sample * rows * 2 * channels
+        program = program % programs_of_sample
+    channel = program * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     dgamma = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     dbeta = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     for first in range(0, rows, BLOCK_ROWS):
@@ -475,7 +499,8 @@ def sum_parameters(
             dgamma += tl.load(SUMS + place, mask=there, other=0.0)
         if DBETA is not None:
             dbeta += tl.load(SUMS + place + channels, mask=there, other=0.0)
+    of_sample = own(channel, channels, programs_of_sample)
     if DGAMMA is not None:
-        tl.store(DGAMMA + channel, tl.sum(dgamma, 0), mask=channel < channels)
+        tl.store(DGAMMA + of_sample, tl.sum(dgamma, 0), mask=channel < channels)
     if DBETA is not None:
-        tl.store(DBETA + channel, tl.sum(dbeta, 0), mask=channel < channels)
+        tl.store(DBETA + of_sample, tl.sum(dbeta, 0), mask=channel < channels)

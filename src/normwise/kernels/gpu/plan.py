@@ -34,6 +34,8 @@ _PERSISTENT = 4
 _PIECES = 8
 # The tiles of a piece, if there are so many: fewer leave too much to merge.
 _TILES = 4
+# The rows that a program sums for dgamma and dbeta of one sample, if there are so many: the same.
+_ROWS = 32
 
 
 def forward(norm: Norm, device: Device) -> Pass:
@@ -49,9 +51,9 @@ def forward(norm: Norm, device: Device) -> Pass:
     return way[_pattern(norm, call.sets, _MOST, _MOST_WHOLE)](call)
 
 
-def backward(norm: Norm, device: Device, dgamma: bool, dbeta: bool) -> Pass:
-    """The launches that calculate dx, and where they are asked for dgamma and dbeta."""
-    call = _Call(norm, device, dgamma, dbeta)
+def backward(norm: Norm, device: Device, dgamma: bool, dbeta: bool, dsum: bool = False) -> Pass:
+    """The launches that calculate dx, with dsum in it, and if asked for dgamma and dbeta."""
+    call = _Call(norm, device, dgamma, dbeta, dsum)
     way = {
         "rows": _rows_backward,
         "kept": _kept_backward,
@@ -83,22 +85,44 @@ def _threads(elements: int, each: int = 32, most: int = 1024) -> int:
     return min(most, max(128, elements // each))
 
 
-class _Call:
-    """What all launches of a pass have in common."""
+def _samples(norm: Norm) -> int:
+    """How many samples have gamma and beta of their own, 1 where all share them."""
+    return norm.geometry.shape[0] if norm.per_sample else 1
 
-    def __init__(self, norm: Norm, device: Device, dgamma: bool = False, dbeta: bool = False):
+
+class _Call:
+    """What all launches of a pass have in common.
+
+    Attributes:
+        samples: that have gamma and beta of their own, 1 where all share them.
+        outer, sets: of one of these. So each has programs of its own, and as many in every batch.
+    """
+
+    def __init__(
+        self,
+        norm: Norm,
+        device: Device,
+        dgamma: bool = False,
+        dbeta: bool = False,
+        dsum: bool = False,
+    ):
         self.device = device
         present = {
             "gamma": norm.operands.gamma,
             "beta": norm.operands.beta,
+            "residual": norm.operands.residual,
+            "sum": norm.operands.residual,
+            "dsum": dsum,
             "dgamma": dgamma,
             "dbeta": dbeta,
             "sums": dgamma or dbeta,
         }
         self._absent = {name for name, is_there in present.items() if not is_there}
         self.has_sums = present["sums"]
-        self.outer, _, self.groups, self.members, self.after = norm.geometry.extents
+        _, _, self.groups, self.members, self.after = norm.geometry.extents
         self.sets = _Sets.of(norm)
+        self.outer, self.samples = self.sets.outer, _samples(norm)
+        self.per_sample, self.has_residual = norm.per_sample, norm.operands.residual
         self._values = {
             "epsilon": norm.epsilon,
             "GROUPS": self.groups,
@@ -108,12 +132,18 @@ class _Call:
             "SLOPE": float(norm.activation.slope),
         }
 
+    def threads(self, elements: int) -> int:
+        """The threads for a tile of x in a loop, where a residual takes registers too."""
+        return _threads(elements, each=16 if self.has_residual else 32)
+
     def launch(self, kernel, programs: int, threads: int, writes: tuple, /, **values) -> Launch:
         """A launch of a kernel, whose parameters say by their names what they are given.
 
-        A buffer is one that the kernel writes, or else has a name in capitals and no value.
+        A buffer is one that the kernel writes, or else has a name in capitals and no value. The
+        programs are those of a sample, if each has gamma and beta of its own.
         """
-        values = {**self._values, **values}
+        of_sample = programs if self.per_sample else None
+        values = {**self._values, "programs_of_sample": of_sample, **values}
         names, constants = parameters_of(kernel)
         numbers = [name for name in names if name in values]
         buffers = [name.lower() for name in names if name not in values]
@@ -122,7 +152,7 @@ class _Call:
             raise TypeError(f"{kernel.__name__} writes {buffers[-len(writes) :]}, not {writes}")
         return Launch(
             kernel,
-            programs,
+            self.samples * programs,
             tuple(None if name in self._absent else name for name in reads),
             tuple(None if name in self._absent else name for name in writes),
             tuple(values[name] for name in numbers),
@@ -134,7 +164,7 @@ class _Call:
         """The pass of launches that leave `count` sums for each channel's dgamma and dbeta."""
         scratch = scratch or {}
         if not self.has_sums:
-            return Pass(launches, scratch)
+            return self.with_scratch(launches, scratch)
         block_channels = min(32, power_of_2(channels))
         block_rows = min(power_of_2(count), _TILE // block_channels)
         last = self.launch(
@@ -147,20 +177,36 @@ class _Call:
             BLOCK_ROWS=block_rows,
             BLOCK_CHANNELS=block_channels,
         )
-        return Pass((*launches, last), {**scratch, "sums": count * 2 * channels})
+        return self.with_scratch((*launches, last), {**scratch, "sums": count * 2 * channels})
+
+    def with_scratch(self, launches: tuple, scratch: dict) -> Pass:
+        """The pass of launches with scratch for each sample."""
+        return Pass(launches, {name: self.samples * each for name, each in scratch.items()})
 
 
 # Rows
 
 
-def _rows_forward(call: _Call) -> Pass:
+def _rows_blocks(call: _Call) -> tuple[int, int]:
+    """How many rows a program reads at a time, and how many members."""
     block = power_of_2(call.members)
     block_outer = max(1, _TILE // block)
+    return min(block_outer, power_of_2(call.outer)) if call.per_sample else block_outer, block
+
+
+def _chunks(call: _Call, block_outer: int, most: int) -> int:
+    """How many chunks of rows have sums of their own for dgamma and dbeta."""
+    rows = max(block_outer, _ROWS) if call.per_sample else block_outer
+    return min(divided(call.outer, rows), most)
+
+
+def _rows_forward(call: _Call) -> Pass:
+    block_outer, block = _rows_blocks(call)
     launch = call.launch(
         rows.forward,
         divided(call.outer, block_outer) * call.groups,
         _threads(block_outer * block),
-        ("y", "statistics"),
+        ("y", "statistics", "sum"),
         outer=call.outer,
         BLOCK_OUTER=block_outer,
         BLOCK_MEMBERS=block,
@@ -169,10 +215,9 @@ def _rows_forward(call: _Call) -> Pass:
 
 
 def _rows_backward(call: _Call) -> Pass:
-    block = power_of_2(call.members)
-    block_outer = max(1, _TILE // block)
+    block_outer, block = _rows_blocks(call)
     most = divided(call.device.multiprocessors * _PERSISTENT, call.groups)
-    chunks = min(divided(call.outer, block_outer), most)
+    chunks = _chunks(call, block_outer, most)
     launch = call.launch(
         rows.backward,
         chunks * call.groups,
@@ -203,8 +248,8 @@ def _kept_forward(call: _Call) -> Pass:
     launch = call.launch(
         kept.forward,
         outer * divided(after, blocks["BLOCK_AFTER"]),
-        _threads(blocks["BLOCK_MEMBERS"] * blocks["BLOCK_AFTER"]),
-        ("y", "statistics"),
+        call.threads(blocks["BLOCK_MEMBERS"] * blocks["BLOCK_AFTER"]),
+        ("y", "statistics", "sum"),
         after=after,
         **blocks,
     )
@@ -232,7 +277,7 @@ class _Sets(NamedTuple):
     """The sets of a norm as (outer, channels, positions) or (outer, positions, channels).
 
     Args:
-        outer: how many samples.
+        outer: how many samples, or where these have gamma and beta of their own, of one how many.
         runs: of positions in a sample, where there is something before its channels, and after.
         positions: of a run.
         groups, members: of the channels.
@@ -251,6 +296,7 @@ class _Sets(NamedTuple):
     @classmethod
     def of(cls, norm: Norm) -> "_Sets":
         outer, before, groups, members, after = norm.geometry.extents
+        outer //= _samples(norm)
         if before == after == 1:
             return cls(outer, 1, members, groups, 1, of_elements=True)
         if after == 1:
@@ -299,7 +345,7 @@ def _whole(call: _Call, kernel, most: int, writes: tuple) -> Launch:
 
 
 def _whole_forward(call: _Call) -> Pass:
-    launch = _whole(call, whole.forward, _MOST_WHOLE, ("y", "statistics"))
+    launch = _whole(call, whole.forward, _MOST_WHOLE, ("y", "statistics", "sum"))
     return Pass((launch,), {})
 
 
@@ -324,7 +370,7 @@ def _runs(call: _Call, kernel, tile: int, writes: tuple) -> Launch:
 
 
 def _runs_forward(call: _Call) -> Pass:
-    return Pass((_runs(call, runs.forward, 2 * _TILE, ("y", "statistics")),), {})
+    return Pass((_runs(call, runs.forward, 2 * _TILE, ("y", "statistics", "sum")),), {})
 
 
 def _runs_backward(call: _Call) -> Pass:
@@ -337,7 +383,7 @@ class _Pieces:
 
     Attributes:
         count: the pieces of a sample.
-        programs, tile: of the kernels that read pieces.
+        programs, threads, tile: of the kernels that read pieces.
         merges, merged: the programs and blocks of those that merge them.
     """
 
@@ -394,12 +440,19 @@ def _tile(sets: _Sets) -> tuple[int, int]:
 def _pieces_forward(call: _Call) -> Pass:
     sets = call.sets
     cut = _Pieces(sets, call.device)
+    channels, positions = _tile(sets)
+    # A tile of one channel spills in more threads, of 128 registers each, and not in 128 of 255.
+    threads = call.threads(channels * positions) if channels > 1 else cut.threads
+    last = call.launch(pieces.apply, cut.programs, cut.threads, ("y",), **cut.tile)
+    if call.has_residual:
+        # The first launch leaves what is normalized.
+        last = last._replace(reads=("sum", *last.reads[1:]))
     launches = (
-        call.launch(pieces.moments, cut.programs, cut.threads, ("parts",), **cut.tile),
+        call.launch(pieces.moments, cut.programs, threads, ("sum", "parts"), **cut.tile),
         call.launch(pieces.merge_moments, cut.merges, 128, ("statistics",), **cut.merged),
-        call.launch(pieces.apply, cut.programs, cut.threads, ("y",), **cut.tile),
+        last,
     )
-    return Pass(launches, {"parts": sets.outer * cut.count * 2 * sets.channels})
+    return call.with_scratch(launches, {"parts": sets.outer * cut.count * 2 * sets.channels})
 
 
 def _pieces_backward(call: _Call) -> Pass:
@@ -421,7 +474,7 @@ def _pieces_backward(call: _Call) -> Pass:
         return call.summed((*launches, last), sets.outer, sets.channels, scratch)
     channels, block = sets.groups * sets.positions, 1024
     blocks = divided(channels, block)
-    chunks = min(sets.outer, divided(call.device.multiprocessors * _PIECES, blocks))
+    chunks = _chunks(call, 1, divided(call.device.multiprocessors * _PIECES, blocks))
     rows_of_chunk = divided(sets.outer, chunks)
     chunks = divided(sets.outer, rows_of_chunk)
     last = call.launch(

@@ -11,16 +11,20 @@ from normwise.kernels.gpu.arithmetic import (
     inverse_root,
     normalize,
     not_negative,
+    own,
     parameter,
+    plus,
     read,
+    read_sum,
     result,
     through,
     write,
+    write_gradient,
 )
 
 
 @triton.jit
-def _moments(x_of_set, size, SUBTRACT_MEAN: tl.constexpr, BLOCK: tl.constexpr):
+def _moments(x_of_set, RESIDUAL, SUM, size, SUBTRACT_MEAN: tl.constexpr, BLOCK: tl.constexpr):
     """Mean and variance of a set, which is read as one run."""
     index = tl.arange(0, BLOCK)
     shift = 0.0
@@ -28,14 +32,15 @@ def _moments(x_of_set, size, SUBTRACT_MEAN: tl.constexpr, BLOCK: tl.constexpr):
         # Sums are shifted by the mean of the first tile: of no less, for an element far off would
         # leave few digits of the others; and that from one of them, so that equal ones leave 0.
         there = index < size
-        x = tl.load(x_of_set + index, mask=there, other=0.0).to(tl.float32)
-        shift = tl.load(x_of_set).to(tl.float32)
+        x = read_sum(x_of_set, RESIDUAL, None, index, there)
+        shift = plus(tl.load(x_of_set).to(tl.float32), RESIDUAL, None, 0, True)
         count = tl.minimum(size, BLOCK).to(tl.float32)
         shift += tl.sum(tl.where(there, x - shift, 0.0), 0) / count
     total, squares = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     for start in range(0, size, BLOCK):
         there = start + index < size
-        x = tl.load(x_of_set + start + index, mask=there, other=0.0).to(tl.float32)
+        x = read(x_of_set + start, index, there)
+        x = plus(x, RESIDUAL, SUM, start + index, there)
         deviation = tl.where(there, x - shift, 0.0)
         total += deviation
         squares += deviation * deviation
@@ -61,9 +66,12 @@ def forward(
     X,
     GAMMA,
     BETA,
+    RESIDUAL,
     Y,
     STATISTICS,
+    SUM,
     positions,
+    programs_of_sample,
     epsilon,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -78,7 +86,14 @@ def forward(
     row = tl.program_id(0).to(tl.int64)
     size = positions.to(tl.int64) * MEMBERS
     x_of_set, y_of_set = X + row * size, Y + row * size
-    mean, variance = _moments(x_of_set, size, SUBTRACT_MEAN, BLOCK)
+    if RESIDUAL is not None:
+        RESIDUAL += row * size
+        SUM += row * size
+    mean, variance = _moments(x_of_set, RESIDUAL, SUM, size, SUBTRACT_MEAN, BLOCK)
+    if RESIDUAL is not None:
+        # Each thread reads below what others of the program have written.
+        tl.debug_barrier()
+        x_of_set = SUM
     inv_std = inverse_root(variance, epsilon)
     statistics = STATISTICS + row // GROUPS * 2 * GROUPS + row % GROUPS
     tl.store(statistics, mean)
@@ -88,6 +103,7 @@ def forward(
         members = member + tl.arange(0, BLOCK_MEMBERS)
         exists = members < MEMBERS
         channel = (row % GROUPS).to(tl.int32) * MEMBERS + members
+        channel = own(channel, GROUPS * MEMBERS, programs_of_sample)
         gamma = parameter(GAMMA, channel, exists, 1.0)[:, None]
         beta = parameter(BETA, channel, exists, 0.0)[:, None]
         for start in range(0, positions, BLOCK_POSITIONS):
@@ -105,9 +121,11 @@ def backward(
     BETA,
     STATISTICS,
     DY,
+    DSUM,
     DX,
     SUMS,
     positions,
+    programs_of_sample,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     SUBTRACT_MEAN: tl.constexpr,
@@ -120,6 +138,8 @@ def backward(
     row = tl.program_id(0).to(tl.int64)
     size = positions.to(tl.int64) * MEMBERS
     x_of_set, dy_of_set, dx_of_set = X + row * size, DY + row * size, DX + row * size
+    if DSUM is not None:
+        DSUM += row * size
     statistics = STATISTICS + row // GROUPS * 2 * GROUPS + row % GROUPS
     mean, inv_std = tl.load(statistics), tl.load(statistics + GROUPS)
     group = (row % GROUPS).to(tl.int32)
@@ -129,8 +149,9 @@ def backward(
         members = member + tl.arange(0, BLOCK_MEMBERS)
         exists = members < MEMBERS
         channel = group * MEMBERS + members
-        gamma = parameter(GAMMA, channel, exists, 1.0)
-        beta = parameter(BETA, channel, exists, 0.0)
+        of_sample = own(channel, GROUPS * MEMBERS, programs_of_sample)
+        gamma = parameter(GAMMA, of_sample, exists, 1.0)
+        beta = parameter(BETA, of_sample, exists, 0.0)
         products = tl.zeros([BLOCK_MEMBERS, BLOCK_POSITIONS], tl.float32)
         total = tl.zeros([BLOCK_MEMBERS, BLOCK_POSITIONS], tl.float32)
         for start in range(0, positions, BLOCK_POSITIONS):
@@ -154,7 +175,7 @@ def backward(
     for member in range(0, MEMBERS, BLOCK_MEMBERS):
         members = member + tl.arange(0, BLOCK_MEMBERS)
         exists = members < MEMBERS
-        channel = group * MEMBERS + members
+        channel = own(group * MEMBERS + members, GROUPS * MEMBERS, programs_of_sample)
         gamma = parameter(GAMMA, channel, exists, 1.0)[:, None]
         beta = parameter(BETA, channel, exists, 0.0)[:, None]
         for start in range(0, positions, BLOCK_POSITIONS):
@@ -166,4 +187,4 @@ def backward(
             dx = dz * gamma - normalized * product
             if SUBTRACT_MEAN:
                 dx -= mean_of_set
-            write(dx_of_set, place, dx * inv_std, there, "evict_first")
+            write_gradient(dx_of_set, DSUM, place, dx * inv_std, there, "evict_first")

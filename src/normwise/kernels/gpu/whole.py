@@ -10,11 +10,14 @@ import triton.language as tl
 from normwise.kernels.gpu.arithmetic import (
     inverse_root,
     normalize,
+    own,
     parameter,
     read,
+    read_sum,
     result,
     through,
     write,
+    write_gradient,
 )
 from normwise.kernels.gpu.pieces import places
 
@@ -60,9 +63,12 @@ def forward(
     X,
     GAMMA,
     BETA,
+    RESIDUAL,
     Y,
     STATISTICS,
+    SUM,
     positions,
+    programs_of_sample,
     epsilon,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -79,17 +85,18 @@ def forward(
         positions, GROUPS, MEMBERS, CHANNELS_LAST, BLOCK_GROUPS, BLOCK_MEMBERS, BLOCK_POSITIONS
     )
     count = MEMBERS * positions.to(tl.float32)
-    x = read(X, place, there)
+    x = read_sum(X, RESIDUAL, SUM, place, there)
     mean = tl.zeros([BLOCK_GROUPS, 1, 1], tl.float32)
     if SUBTRACT_MEAN:
         # From an element of the set, so that equal ones leave exactly 0.
         first = places(sample, group * MEMBERS, 0, GROUPS * MEMBERS, positions, CHANNELS_LAST)
-        first = tl.load(X + first, mask=group < GROUPS, other=0.0).to(tl.float32)[:, None, None]
+        first = read_sum(X, RESIDUAL, None, first, group < GROUPS)[:, None, None]
         x = tl.where(there, x - first, 0.0)
         rest = _sum(x) / count
         x = tl.where(there, x - rest, 0.0)
         mean = first + rest
     inv_std = inverse_root(_sum(x * x) / count, epsilon)
+    channel = own(channel, GROUPS * MEMBERS, programs_of_sample)
     gamma = parameter(GAMMA, channel, exists, 1.0)[:, :, None]
     beta = parameter(BETA, channel, exists, 0.0)[:, :, None]
     y = result(x * inv_std, gamma, beta, ACTIVATION, SLOPE)
@@ -106,9 +113,11 @@ def backward(
     BETA,
     STATISTICS,
     DY,
+    DSUM,
     DX,
     SUMS,
     positions,
+    programs_of_sample,
     GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
@@ -128,8 +137,9 @@ def backward(
     known = (group < GROUPS)[:, None, None]
     mean = tl.load(statistics, mask=known, other=0.0)
     inv_std = tl.load(statistics + GROUPS, mask=known, other=0.0)
-    gamma = parameter(GAMMA, channel, exists, 1.0)
-    beta = parameter(BETA, channel, exists, 0.0)[:, :, None]
+    of_sample = own(channel, GROUPS * MEMBERS, programs_of_sample)
+    gamma = parameter(GAMMA, of_sample, exists, 1.0)
+    beta = parameter(BETA, of_sample, exists, 0.0)[:, :, None]
     x = read(X, place, there)
     dy = read(DY, place, there)
     normalized = normalize(x, mean, inv_std, there)
@@ -144,4 +154,4 @@ def backward(
     dx = dz * gamma[:, :, None] - normalized * product
     if SUBTRACT_MEAN:
         dx -= tl.sum(total * gamma, 1)[:, None, None] / count
-    write(DX, place, dx * inv_std, there)
+    write_gradient(DX, DSUM, place, dx * inv_std, there)
