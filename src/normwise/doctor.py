@@ -9,7 +9,7 @@ import keras
 
 from normwise import activations, dispatch, geometry, kernels, ops
 from normwise.kernels import gpu, library
-from normwise.layers import Modulated
+from normwise.layers import Modulated, ReversibleInstanceNormalization
 from normwise.layers.affine import Affine
 from normwise.norm import PER_SAMPLE, SHARED, Norm, Operands, check_dtype
 from normwise.typing import DType, Shape, Tensor
@@ -50,7 +50,7 @@ def explain(
 
 
 def _norm(what: Any, shape: Shape, dtype: DType | None, **options: Any) -> Norm:
-    if isinstance(what, (Affine, Modulated)):
+    if isinstance(what, (Affine, Modulated, ReversibleInstanceNormalization)):
         if options:
             raise TypeError(f"a layer has its options itself; leave out {', '.join(options)}")
         norm, lies = (what.norm, PER_SAMPLE) if isinstance(what, Modulated) else (what, SHARED)
