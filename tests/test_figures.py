@@ -2,9 +2,11 @@ import itertools
 import math
 from types import SimpleNamespace
 
+import keras
 import matplotlib
 import numpy as np
 import pytest
+from frameworks import to_numpy
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
@@ -158,6 +160,52 @@ def test_layers_are_drawn_by_their_own_geometry():
     assert shared == [2 * 9, 5 * 9]
 
 
+IMAGE, SERIES = (3, 4, 4, 6), (3, 5, 6)
+CONDITION = {
+    "modulated": np.ones((3, 2), "float32"),
+    "adaptive": np.random.default_rng(1).normal(size=(3, 2, 2, 6)).astype("float32"),
+    "spade": np.ones((3, 2, 2, 2), "float32"),
+}
+# Each with the shape of its input, and how many elements share their statistics.
+OF_LAYERS = {
+    "modulated": (layers.Modulated(layers.LayerNormalization()), IMAGE, 6),
+    "adaptive": (layers.AdaptiveInstanceNormalization(), IMAGE, 16),
+    "response": (layers.FilterResponseNormalization(), IMAGE, 16),
+    "reversible": (layers.ReversibleInstanceNormalization(), SERIES, 5),
+    "reversible, time last": (layers.ReversibleInstanceNormalization(axis=2), SERIES, 6),
+}
+
+
+@pytest.mark.parametrize("title", OF_LAYERS)
+def test_the_set_that_is_drawn_is_what_changes_with_one_element(title):
+    layer, shape, size = OF_LAYERS[title]
+    origin = (0,) * len(shape)
+    x = np.random.default_rng(0).normal(size=shape).astype("float32")
+    touched = x.copy()
+    touched[origin] += 1
+    condition = [CONDITION[title]] if title in CONDITION else []
+
+    def y(x):
+        # The reversible norm returns its statistics too.
+        return to_numpy(keras.tree.flatten(layer(x, *condition))[0])
+
+    sets = layer.geometry(shape)
+    members = [p for p in np.ndindex(shape) if sets.set_of(p) == sets.set_of(origin)]
+    assert list(map(tuple, np.argwhere(y(x) != y(touched)))) == members
+    (axes,) = figures.shared_statistics(layer, shape).axes
+    assert f"{size} of {x.size} elements" in {text.get_text() for text in axes.texts}
+
+
+def test_the_set_of_global_response_norm_is_what_shares_a_length():
+    layer = layers.GlobalResponseNormalization(gamma_initializer="ones")
+    x = np.random.default_rng(0).uniform(1, 2, IMAGE).astype("float32")
+    ratio = np.round(to_numpy(layer(x)) / x, 4)
+    sets = layer.geometry(IMAGE)
+    for position in np.ndindex(IMAGE):
+        is_shared = sets.set_of(position) == sets.set_of((0, 0, 0, 0))
+        assert (ratio[position] == ratio[0, 0, 0, 0]) == is_shared
+
+
 def test_the_tutorials_layer_norm_is_not_over_all_activations():
     drawn = norms_to_draw()
     sizes = {title: plan.set_size for title, plan in drawn.items()}
@@ -200,6 +248,9 @@ def pictures():
     title = "group, groups=2, axis=-1, shape 4,6,5,8"
     plan = geometry.group((4, 6, 5, 8), groups=2)
     yield "command", lambda: figures.shared_statistics({title: plan})
+    longest = "global-response, axis=-1, shape 4,5,5,8"
+    plan_of_channels = geometry.group((4, 5, 5, 8), groups=-1)
+    yield "longest", lambda: figures.shared_statistics({longest: plan_of_channels})
     yield "curves", lambda: figures.learning_curves(map(run_of, NORMS))
     yield "one curve", lambda: figures.learning_curves([run_of("group", steps=1)])
 

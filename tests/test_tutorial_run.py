@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import normwise
 from normwise import cli
-from normwise.tutorial import NORMS, data, model, run
+from normwise.tutorial import NORMS, data, figures, model, run
 
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 PICTURES = {"learning-curves.png", "shared-statistics.png"}
@@ -301,6 +301,12 @@ def test_a_missing_extra_is_named(monkeypatch):
         (["instance", "--axis", 1, "--shape", "2,4,3,3"], "normwise-instance.png"),
         (["layer", "--axis", "1,2,-1", "--out", "all.svg"], "all.svg"),
         (["rms", "--axis", "-1", "--shape", "4,8", "--out", "rms"], "rms.png"),
+        (["response"], "normwise-response.png"),
+        (["global-response", "--axis", 1], "normwise-global-response.png"),
+        (["adaptive"], "normwise-adaptive.png"),
+        (["spade"], "normwise-spade.png"),
+        (["reversible"], "normwise-reversible.png"),
+        (["reversible", "--axis", 2, "--shape", "4,8,12"], "normwise-reversible.png"),
     ],
 )
 def test_figure_writes_one_file(tmp_path, arguments, name):
@@ -308,6 +314,26 @@ def test_figure_writes_one_file(tmp_path, arguments, name):
     assert result.exit_code == 0, result.output
     assert result.stdout == f"Wrote {name}\n"
     assert written(tmp_path) == {name}
+
+
+@pytest.mark.parametrize(
+    ("norm", "text"),
+    [
+        ("response", "25 of 800 elements"),
+        ("global-response", "25 of 800 elements"),
+        ("adaptive", "25 of 800 elements"),
+        ("spade", "25 of 800 elements"),
+        ("reversible", "12 of 384 elements"),
+        ("rms", "8 of 800 elements"),
+    ],
+)
+def test_figure_draws_the_sets_of(norm, text, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    assert command("figure", norm).exit_code == 0
+    (axes,) = drawn[0].axes
+    assert text in [each.get_text() for each in axes.texts]
+    assert axes.get_title().startswith(f"{norm}, axis=")
 
 
 @pytest.mark.parametrize(
@@ -324,6 +350,10 @@ def test_figure_writes_one_file(tmp_path, arguments, name):
         (["layer", "--groups", 2], ["--groups 2 is for group norm", "leave it out"]),
         (["layer", "--out", "sets.bmpp"], ["bmpp"]),
         (["layer", "--out", "no/such/sets.png"], ["no/such/sets.png"]),
+        (["reversible", "--axis", 0], ["axis=0 is no time axis"]),
+        (["reversible", "--axis", "1,2"], ["axis=(1, 2) is no time axis"]),
+        (["reversible", "--shape", "4,5,5,8"], ["(batch, time, features)", "rank 4"]),
+        (["adaptive", "--axis", "1,2"], ["names 2 axes"]),
         (["weight"], ["'weight'", "rms"]),
     ],
 )

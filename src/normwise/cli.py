@@ -28,7 +28,11 @@ EXIT_INTERRUPTED = 130
 
 Norm = enum.StrEnum("Norm", {norm: norm for norm in NORMS})
 Split = enum.StrEnum("Split", {split: split for split in SPLITS})
-DrawnNorm = enum.StrEnum("DrawnNorm", ["batch", "layer", "instance", "group", "rms"])
+# Modulated is not among them: its sets are those of the norm that it wraps.
+_DRAWN = ("batch", "layer", "instance", "group", "rms", "response", "global-response", "adaptive")
+DrawnNorm = enum.StrEnum(
+    "DrawnNorm", {norm.replace("-", "_"): norm for norm in (*_DRAWN, "spade", "reversible")}
+)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
@@ -120,14 +124,20 @@ def tutorial(
 def figure(
     norm: Annotated[DrawnNorm, typer.Argument(help="The norm to draw.")],
     shape: Annotated[
-        str, typer.Option(metavar="N,...", help="The input's shape, of rank 2 to 5.")
-    ] = "4,5,5,8",
-    axis: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="AXIS[,AXIS]", help="The channel axis; for layer and rms, the axes of a set."
+            metavar="N,...",
+            help="The input's shape, of rank 2 to 5.  [default: 4,5,5,8, for reversible 4,12,8]",
         ),
-    ] = "-1",
+    ] = None,
+    axis: Annotated[
+        str | None,
+        typer.Option(
+            metavar="AXIS[,AXIS]",
+            help="The channel axis; for layer and rms the axes of a set, for reversible that of "
+            "time.  [default: -1, for reversible 1]",
+        ),
+    ] = None,
     groups: Annotated[
         int | None, typer.Option(help="Into how many groups group norm splits.  [default: 2]")
     ] = None,
@@ -148,8 +158,10 @@ def figure(
     if not out.suffix and out.name:
         out = out.with_suffix(".png")
     _check_file("--out", out)
-    extents = _ints("--shape", shape)
-    axes = _ints("--axis", axis)
+    is_series = norm is DrawnNorm.reversible
+    shape = shape or ("4,12,8" if is_series else "4,5,5,8")
+    axis = axis or ("1" if is_series else "-1")
+    extents, axes = _ints("--shape", shape), _ints("--axis", axis)
     title = f"{norm}, axis={axis}, shape {shape}"
     with _one_line_errors(ValueError, OSError):
         match norm:
@@ -157,12 +169,16 @@ def figure(
                 drawn = geometry.batch(extents, axes)
             case DrawnNorm.layer | DrawnNorm.rms:
                 drawn = geometry.layer(extents, axes)
-            case DrawnNorm.instance:
-                drawn = geometry.group(extents, axes, geometry.INSTANCE)
             case DrawnNorm.group:
                 groups = 2 if groups is None else groups
                 drawn = geometry.group(extents, axes, groups)
                 title = f"{norm}, groups={groups}, axis={axis}, shape {shape}"
+            case DrawnNorm.reversible:
+                time = axes[0] if len(axes) == 1 else axes
+                layer = normwise.layers.ReversibleInstanceNormalization(time)
+                drawn = layer.geometry(extents)
+            case _:
+                drawn = geometry.group(extents, axes, geometry.INSTANCE)
         figures.save(figures.shared_statistics({title: drawn}), out)
     typer.echo(f"Wrote {out}")
 

@@ -58,6 +58,10 @@ class AdaptiveInstanceNormalization(Parametric):
         self.axis = geometry.check_channel_axis(axis)
         self.epsilon = check_epsilon(epsilon)
 
+    def geometry(self, input_shape: Shape) -> Geometry:
+        """Which elements of a content, or of a style, of this shape share their statistics."""
+        return geometry.group(input_shape, self.axis, geometry.INSTANCE)
+
     def call(
         self,
         content: Tensor,
@@ -82,9 +86,7 @@ class AdaptiveInstanceNormalization(Parametric):
 
     def _check(self, content_shape: Shape, style_shape: Shape) -> list[Geometry]:
         """The geometries of content and style, if they fit each other."""
-        both = [
-            geometry.group(s, self.axis, geometry.INSTANCE) for s in (content_shape, style_shape)
-        ]
+        both = [self.geometry(shape) for shape in (content_shape, style_shape)]
         content, style = both
         if content.parameter_shape != style.parameter_shape:
             raise ValueError(

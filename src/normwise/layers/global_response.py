@@ -78,14 +78,13 @@ class GlobalResponseNormalization(Parametric):
         self.epsilon = check_epsilon(epsilon)
         self.axis = geometry.check_channel_axis(axis)
 
-    # Not `geometry`, by which `explain` knows what its kernels compute.
-    def _geometry(self, input_shape: Shape) -> Geometry:
+    def geometry(self, input_shape: Shape) -> Geometry:
         """Which elements of an input of this shape share a norm."""
         return geometry.group(input_shape, self.axis, geometry.INSTANCE)
 
     def build(self, input_shape: Shape) -> None:
         """Create gamma and beta for inputs of this shape."""
-        shape = self._geometry(input_shape).parameter_shape
+        shape = self.geometry(input_shape).parameter_shape
         self._add_weights(shape)
         self.input_spec = keras.InputSpec(ndim=len(input_shape), axes={self.axis: shape[0]})
 
@@ -93,7 +92,7 @@ class GlobalResponseNormalization(Parametric):
         """Scale `inputs` by their norms; `mask` (True = keep) leaves elements out of these."""
         wide = "float64" in (check_dtype(inputs.dtype), self.compute_dtype)
         arithmetic = "float64" if wide else "float32"
-        sets = self._geometry(inputs.shape)
+        sets = self.geometry(inputs.shape)
         x = kept = keras.ops.cast(inputs, arithmetic)
         if mask is not None:
             check_mask(sets, mask)
@@ -119,7 +118,7 @@ class GlobalResponseNormalization(Parametric):
 
     def compute_output_shape(self, input_shape: Shape) -> tuple[int | None, ...]:
         """The shape of the input."""
-        self._geometry(input_shape)
+        self.geometry(input_shape)
         return tuple(input_shape)
 
     def compute_output_spec(
@@ -128,7 +127,7 @@ class GlobalResponseNormalization(Parametric):
         """A symbol of the result, with the errors that a call would raise."""
         check_dtype(inputs.dtype)
         if mask is not None:
-            check_mask(self._geometry(inputs.shape), mask)
+            check_mask(self.geometry(inputs.shape), mask)
         return super().compute_output_spec(inputs, **kwargs)
 
     def get_config(self) -> dict[str, Any]:

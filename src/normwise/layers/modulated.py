@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from normwise import keras_private
+from normwise.geometry import Geometry
 from normwise.layers.affine import Affine, Parameter, Parametric, given
 from normwise.norm import check_dtype, dtype_name
 from normwise.typing import Activation, Constraint, Initializer, Regularizer, Shape, Tensor
@@ -29,6 +30,10 @@ class Conditioned(Parametric):
         kwargs.setdefault("dtype", norm.dtype_policy)
         super().__init__(**kwargs)
         self.norm = norm
+
+    def geometry(self, input_shape: Shape) -> Geometry:
+        """Which elements of an input of this shape share their statistics: those of the norm."""
+        return self.norm.geometry(input_shape)
 
     def _build_norm(self, input_shape: Shape) -> None:
         if not self.norm.built:
