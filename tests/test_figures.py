@@ -170,6 +170,7 @@ CONDITION = {
 OF_LAYERS = {
     "modulated": (layers.Modulated(layers.LayerNormalization()), IMAGE, 6),
     "adaptive": (layers.AdaptiveInstanceNormalization(), IMAGE, 16),
+    "spade": (layers.SPADE(filters=2, data_format="channels_last"), IMAGE, 16),
     "response": (layers.FilterResponseNormalization(), IMAGE, 16),
     "reversible": (layers.ReversibleInstanceNormalization(), SERIES, 5),
     "reversible, time last": (layers.ReversibleInstanceNormalization(axis=2), SERIES, 6),
