@@ -29,7 +29,7 @@ _OLDEST = (3, 6)
 
 def why_not(norm: Norm) -> str | None:
     """Why the kernels cannot calculate this norm on any GPU, or None."""
-    if (reason := why_not_operands(norm, "Triton")) is not None:
+    if (reason := why_not_operands(norm, "Triton", per_sample=True)) is not None:
         return reason
     if norm.geometry.permutation is not None:
         return "the sets are not neighbouring axes"
