@@ -35,7 +35,7 @@ _OPERANDS = struct.Struct("QQiiii12Q")
 
 def why_not(norm: Norm) -> str | None:
     """Why the library cannot calculate this norm anywhere, or None."""
-    if (reason := why_not_operands(norm, "native", per_sample=True)) is not None:
+    if (reason := why_not_operands(norm, "native")) is not None:
         return reason
     if library.missing() is not None:
         return library.missing()

@@ -58,7 +58,9 @@ class Engine:
 
     Args:
         name: as `normwise.explain` says it.
-        why_not: called with a Norm; says why the engine cannot calculate it anywhere, or None.
+        why_not: called with a Norm; says why the engine cannot calculate it anywhere, or None. It has
+            to look at all of it: `norm.operands` says what comes with x, and `norm.per_sample`
+            whether gamma and beta have the batch in front of their shape.
         forward, backward: the passes. Buffers are NumPy arrays, bfloat16 ones of ml_dtypes.
         plan: None, or what gives for a Norm an object whose `forward` and `backward` are the same
             without it; then the buffers are addresses.
@@ -73,19 +75,10 @@ class Engine:
     adds: bool = False
 
 
-def why_not_operands(norm: Norm, kernels: str, per_sample: bool = False) -> str | None:
-    """Why kernels that take gamma and beta alone cannot calculate a norm, or None.
-
-    Args:
-        norm: what the call is.
-        kernels: their name.
-        per_sample: whether each sample may have a gamma and a beta of its own.
-    """
-    _, _, mask, learned_epsilon, _ = norm.operands
-    if mask:
+def why_not_operands(norm: Norm, kernels: str) -> str | None:
+    """Why kernels that take no mask and no learned epsilon cannot calculate a norm, or None."""
+    if norm.operands.mask:
         return f"the {kernels} kernels take no mask"
-    if learned_epsilon:
+    if norm.operands.learned_epsilon:
         return f"the {kernels} kernels take no learned epsilon"
-    if norm.per_sample and not per_sample:
-        return f"the {kernels} kernels take one gamma and one beta for all samples"
     return None

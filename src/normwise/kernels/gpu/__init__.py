@@ -8,9 +8,9 @@
     whole.py     runs, and columns (positions before channels), that fit registers
     pieces.py    sets that are cut in pieces, of all patterns
 
-Kernels are told `programs_of_sample`, how many programs a sample has where gamma and beta are its own,
-and then `outer` is that of a sample; else None, and that of all. RESIDUAL and SUM, or DSUM, are None
-where x is normalized alone.
+Kernels are told `programs_of_sample`, how many programs a sample has where gamma and beta are its
+own, and then `outer` is that of a sample; else None, and that of all. RESIDUAL and SUM, or DSUM,
+are None where x is normalized alone.
 
 This module brings no Triton: it is imported where a GPU is used.
 """
@@ -29,7 +29,7 @@ _OLDEST = (3, 6)
 
 def why_not(norm: Norm) -> str | None:
     """Why the kernels cannot calculate this norm on any GPU, or None."""
-    if (reason := why_not_operands(norm, "Triton", per_sample=True)) is not None:
+    if (reason := why_not_operands(norm, "Triton")) is not None:
         return reason
     if norm.geometry.permutation is not None:
         return "the sets are not neighbouring axes"
