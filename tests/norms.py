@@ -68,6 +68,9 @@ def expected(layer, x, keep=None):
         labels = group_labels(x.shape, layer.axis, groups)
     else:
         labels = layer_labels(x.shape, axes)
-    gamma, beta = (None if w is None else to_numpy(w) for w in (layer.gamma, layer.beta))
+    own = (layer.gamma, layer.beta)
+    # Flat: filter response norm keeps them in the rank of its input.
+    shape = tuple(x.shape[axis] for axis in sorted(a % x.ndim for a in axes))
+    gamma, beta = (None if w is None else to_numpy(w).reshape(shape) for w in own)
     centred = not isinstance(layer, (layers.RMSNormalization, layers.FilterResponseNormalization))
     return Norm(x, gamma, beta, labels, tuple(axes), epsilon, centred, keep)

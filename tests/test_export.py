@@ -48,8 +48,10 @@ def model_of_others():
     model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(y))
     for name in ("response", "reversible"):
         randomize(model.get_layer(name))
+    return model
 
 
+@pytest.fixture
 def modulated():
     """Norms that something else scales and shifts, of an image of any extents, and a residual."""
     keras.utils.set_random_seed(0)

@@ -5,7 +5,9 @@ large tensor is ever reshaped or transposed, and unknown extents and sharded axe
 """
 
 import functools
+from collections.abc import Callable
 
+import keras
 from keras import ops
 
 from normwise.geometry import Geometry
@@ -14,6 +16,9 @@ from normwise.norm import NONE, Norm, Operands
 
 # The smallest normal numbers: an epsilon below may count as 0, as processors flush it.
 SMALLEST = {"float32": 2.0**-126, "float64": 2.0**-1022}
+
+# By the backend, if its compiler carries on more digits than a dtype has, what takes them away.
+ROUNDED: dict[str, Callable] = {}
 
 
 def run(norm: Norm, x, operands: Operands, *, how=None):
@@ -44,12 +49,9 @@ def run_for_inference(norm: Norm, x, operands: Operands):
 
 def summed(x, residual, dtype):
     """The sum of x and the residual, made in the wider dtype and rounded once, to `dtype`."""
-    return rounded(ops.cast(ops.add(x, residual), dtype))
-
-
-def rounded(x):
-    """What its dtype holds of `x`; a backend whose compiler carries more on sets its own."""
-    return x
+    total = ops.cast(ops.add(x, residual), dtype)
+    rounded = ROUNDED.get(keras.backend.backend())
+    return total if rounded is None else rounded(total)
 
 
 def normalize(norm: Norm, x, operands: Operands, *, differentiable=True):

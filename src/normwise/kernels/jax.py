@@ -97,7 +97,7 @@ def _rounded(x):
     return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
-composite.rounded = _rounded
+composite.ROUNDED["jax"] = _rounded
 
 
 def _summed(x, residual, norm):

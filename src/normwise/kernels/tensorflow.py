@@ -253,7 +253,7 @@ def _rounded_in_xla(x):
     return tf.bitcast(tf.bitcast(x, tf.uint16), x.dtype), lambda dx: dx
 
 
-composite.rounded = _rounded
+composite.ROUNDED["tensorflow"] = _rounded
 
 
 def _of_as_many_samples(x, parameter):
