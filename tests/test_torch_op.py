@@ -45,6 +45,12 @@ def instance(x, gamma=None, beta=None):
     return ops.instance_norm(x, gamma, beta, axis=1, epsilon=1e-5)
 
 
+def added(x, gamma=None, beta=None):
+    """A norm of a sum, with an offset of gamma and a gamma for each sample."""
+    gamma = x.mean((2, 3)) if gamma is None else gamma
+    return ops.instance_norm(x, gamma, beta, axis=1, residual=x.cos(), gamma_offset=1.0)[0]
+
+
 NORMS = pytest.mark.parametrize("norm", [group, layer, instance])
 
 
@@ -117,7 +123,7 @@ def test_other_precisions(dtype):
     assert torch.equal(y, layer(x))
 
 
-@NORMS
+@pytest.mark.parametrize("norm", [group, layer, instance, added])
 def test_one_graph_for_images_of_all_sizes(norm):
     graphs = Graphs()
     function = torch.compile(norm, fullgraph=True, dynamic=True, backend=graphs)

@@ -135,7 +135,8 @@ def check_offset(gamma_offset: Any) -> float:
     remedy = "expected a number, as in gamma_offset=1.0"
     if isinstance(gamma_offset, bool) or not isinstance(gamma_offset, (float, numbers.Real)):
         raise TypeError(f"gamma_offset={gamma_offset!r} is no number; {remedy}")
-    if not math.isfinite(gamma_offset):
+    # By comparing: Dynamo traces no `isfinite` of a number that a graph keeps open.
+    if not -math.inf < float(gamma_offset) < math.inf:
         raise ValueError(f"gamma_offset={gamma_offset} cannot be added to gamma; {remedy}")
     return float(gamma_offset)
 
