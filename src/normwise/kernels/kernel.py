@@ -58,8 +58,8 @@ class Engine:
 
     Args:
         name: as `normwise.explain` says it.
-        why_not: called with a Norm; says why the engine cannot calculate it anywhere, or None. It has
-            to look at all of it: `norm.operands` says what comes with x, and `norm.per_sample`
+        why_not: called with a Norm; says why the engine cannot calculate it anywhere, or None. It
+            has to look at all of it: `norm.operands` says what comes with x, and `norm.per_sample`
             whether gamma and beta have the batch in front of their shape.
         forward, backward: the passes. Buffers are NumPy arrays, bfloat16 ones of ml_dtypes.
         plan: None, or what gives for a Norm an object whose `forward` and `backward` are the same
