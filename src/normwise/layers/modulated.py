@@ -237,12 +237,12 @@ class Modulated(Conditioned):
     def _made_of(self, condition: Tensor, inputs: Tensor) -> list[Tensor]:
         """The parts that a condition makes, each of (batch, *the shape of gamma)."""
         arithmetic = self._arithmetic(inputs)
-        kernel = keras.ops.cast(self.kernel, arithmetic)
         if self.classes is None:
             features = self.condition_activation(keras.ops.cast(condition, arithmetic))
-            made = keras.ops.matmul(features, kernel) + keras.ops.cast(self.bias, arithmetic)
+            kernel, bias = (keras.ops.cast(w, arithmetic) for w in (self.kernel, self.bias))
+            made = keras.ops.matmul(features, kernel) + bias
         else:
-            made = keras.ops.take(kernel, condition, axis=0)
+            made = keras.ops.cast(keras.ops.take(self.kernel, condition, axis=0), arithmetic)
         extents = self.norm.geometry(inputs.shape).parameter_shape
         parts = keras.ops.split(made, 3 if self.gate else 2, axis=-1)
         return [keras.ops.reshape(part, (-1, *extents)) for part in parts]
@@ -275,8 +275,9 @@ class Modulated(Conditioned):
                 f"condition has shape {shape}, but with classes={self.classes} it is a label for "
                 "each sample, (batch,); pass integers of that shape, or leave classes out"
             )
-        samples, given = inputs_shape[0], shape[0]
-        if isinstance(samples, int) and isinstance(given, int) and samples != given:
+        samples, conditions = inputs_shape[0], shape[0]
+        known = isinstance(samples, int) and isinstance(conditions, int)
+        if known and samples != conditions:
             raise ValueError(
                 f"condition has shape {shape}, but x of shape {tuple(inputs_shape)} has {samples} "
                 "samples; pass one for each"
