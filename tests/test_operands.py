@@ -357,6 +357,18 @@ def test_a_residual_is_added_before_all_else(name, dtype, mode, make):
     np.testing.assert_array_equal(to_numpy(y), to_numpy(want))
 
 
+@pytest.mark.parametrize("samples", [1, 3], ids=["one for all", "one for each"])
+def test_what_broadcasts_as_a_parameter_is_one(samples):
+    """Bit for bit, as only the same kernel gives it; else y is multiplied after it was rounded."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 5, 7, 6)).astype("float32")
+    gamma, beta = rng.normal(size=(2, samples, 6)).astype("float32")
+    expected = ops.group_norm(x, *(p[0] if samples == 1 else p for p in (gamma, beta)), groups=3)
+    spread = (p.reshape(samples, 1, 1, 6) for p in (gamma, beta))
+    found = ops.group_norm(x, *spread, groups=3)
+    np.testing.assert_array_equal(to_numpy(found), to_numpy(expected))
+
+
 def test_an_offset_keeps_the_digits_of_a_small_gamma():
     """Added to gamma in bfloat16, as 1 + gamma, it would leave none of them."""
     case = CASES["rows"]

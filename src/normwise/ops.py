@@ -613,13 +613,16 @@ def _run(norm: Norm, x: Tensor, operands: Operands, lie: Operands, statistics: b
 
 
 def _for_each_sample(norm: Norm, x: Tensor, operands: Operands) -> tuple[Norm, Operands]:
-    """The norm and operands with a gamma and a beta for each sample where that says it all."""
+    """The norm and operands with a gamma and a beta for all or for each sample if these say all."""
+    expected = norm.geometry.parameter_shape
     for name in ("gamma", "beta"):
         given = getattr(operands, name)
         if getattr(norm.operands, name) == PER_ELEMENT and _is_alike(norm.geometry, given.shape):
-            alike = keras.ops.reshape(given, (-1, *norm.geometry.parameter_shape))
+            shared = given.shape[0] == 1
+            alike = keras.ops.reshape(given, expected if shared else (-1, *expected))
             operands = operands._replace(**{name: alike})
-            norm = norm.with_operands(norm.operands._replace(**{name: PER_SAMPLE}))
+            lies = SHARED if shared else PER_SAMPLE
+            norm = norm.with_operands(norm.operands._replace(**{name: lies}))
     lie = norm.operands
     if PER_SAMPLE in lie and SHARED in lie:
         name = "gamma" if lie.gamma == SHARED else "beta"
@@ -647,10 +650,11 @@ def _fitted(norm: Norm, x: Tensor, operands: Operands) -> Operands:
 
 
 def _is_alike(geometry: Geometry, shape: Shape) -> bool:
-    """Whether what broadcasts to x has one value for all positions of a sample, but its own."""
-    return all(
-        extent == full if axis == 0 or axis in geometry.parameter_axes else extent == 1
+    """Whether what broadcasts to x is a gamma or beta of all samples or of each of them."""
+    return shape[0] in (1, geometry.shape[0]) and all(
+        extent == (full if axis in geometry.parameter_axes else 1)
         for axis, (extent, full) in enumerate(zip(shape, geometry.shape, strict=True))
+        if axis > 0
     )
 
 
