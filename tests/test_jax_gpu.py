@@ -205,7 +205,7 @@ def test_the_arrays_say_whether_there_is_gamma():
     absent = jax.ShapeDtypeStruct((0,), "float32")
     norm = Norm(geometry.layer(x.shape, (-2, -1)), "float32", "float32", EPSILON)
     bind = functools.partial(kernel._NATIVE.forward.bind, norm=norm)
-    ((reads, _, _),) = calls(bind, x, gamma, absent)
+    ((reads, _, _),) = calls(bind, x, gamma, absent, absent)
     assert reads == ["<8x6x16xf32>", "<6x16xf32>"]
 
 
@@ -292,7 +292,7 @@ class TestTheCompositeRuns:
             norm = Norm(geometry.layer(x.shape), "float64", "float64", EPSILON)
             absent = jax.ShapeDtypeStruct((0,), "float64")
             bind = functools.partial(kernel._NATIVE.forward.bind, norm=norm)
-            assert calls(bind, x, absent, absent) == []
+            assert calls(bind, x, absent, absent, absent) == []
 
     def test_for_an_empty_input(self):
         x = jax.ShapeDtypeStruct((0, 6), "float32")
