@@ -24,14 +24,14 @@ class Choice:
         reason: in words.
         against: the kernels that were asked before, each with its reason against.
         run: the kernel itself, called with a Norm, x and Operands.
-        adds: whether it takes a residual.
+        adds: whether it takes a residual, called with a Norm, x and the residual.
     """
 
     kernel: str
     reason: str
     against: tuple[tuple[str, str], ...] = dataclasses.field(default=(), compare=False, repr=False)
     run: Any = dataclasses.field(default=None, compare=False, repr=False)
-    adds: bool = dataclasses.field(default=False, compare=False, repr=False)
+    adds: Any = dataclasses.field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         chosen = f"{self.kernel}: yes" + ("" if self.against else f", {self.reason}")

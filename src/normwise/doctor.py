@@ -62,8 +62,9 @@ def _norm(what: Any, shape: Shape, dtype: DType | None, **options: Any) -> Norm:
         return Norm(sets, given, result, norm.epsilon, subtract_mean, operands=operands)
     operation = ops.operation_of(what)
     options = {**what.__kwdefaults__, **options}
-    others = (options.pop(name, None) for name in ("mask", "learned_epsilon", "residual"))
-    _ = options.pop("gamma_offset"), options.pop("return_statistics")
+    others = [options.pop(name, None) for name in ("mask", "learned_epsilon", "residual")]
+    for name in ("gamma_offset", "return_statistics"):  # no matter to a kernel
+        del options[name]
     options["activation"] = activations.IDENTITY
     x = keras.KerasTensor(shape, dtype or keras.config.floatx())
     return operation.norm(x, Operands(SHARED, SHARED, *others).lie(), **options)

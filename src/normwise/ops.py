@@ -457,10 +457,12 @@ class _Operation(keras.Operation):
         if offset and operands.gamma is not None:
             operands = operands._replace(gamma=operands.gamma + offset)
         if operands.residual is None and not return_statistics and lie == norm.operands:
-            y = dispatch.choose(norm, x).run(norm, x, operands)
-            return function(y) if fused is None else y
-        y, *others = _run(norm, x, operands, lie, return_statistics)
-        return (y if fused else function(y), *others) if others else y if fused else function(y)
+            results = [dispatch.choose(norm, x).run(norm, x, operands)]
+        else:
+            results = _run(norm, x, operands, lie, return_statistics)
+        y, *others = results
+        y = function(y) if fused is None else y
+        return (y, *others) if others else y
 
     @classmethod
     def statistics(
@@ -595,8 +597,7 @@ def _run(norm: Norm, x: Tensor, operands: Operands, lie: Operands, statistics: b
         if "float" not in norm.x_dtype:
             x = keras.ops.cast(x, norm.y_dtype)
             norm = dataclasses.replace(norm, x_dtype=norm.y_dtype)
-        adds = dispatch.choose(norm, x).adds and PER_ELEMENT not in norm.operands
-        if not adds or dtype_name(operands.residual.dtype) != norm.x_dtype:
+        if not _adds(norm, x, operands.residual):
             x = composite.summed(x, operands.residual, norm.x_dtype)
             others, operands = [x], operands._replace(residual=None)
             norm = norm.with_operands(norm.operands._replace(residual=None))
@@ -610,6 +611,13 @@ def _run(norm: Norm, x: Tensor, operands: Operands, lie: Operands, statistics: b
     if statistics:
         others += composite.mean_and_deviation(norm, x, operands)
     return [y, *others]
+
+
+def _adds(norm: Norm, x: Tensor, residual: Tensor) -> bool:
+    """Whether the kernel of a norm makes the sum itself."""
+    alike = norm.x_dtype == norm.y_dtype == dtype_name(residual.dtype)
+    chosen = dispatch.choose(norm, x)
+    return alike and PER_ELEMENT not in norm.operands and chosen.adds(norm, x, residual)
 
 
 def _for_each_sample(norm: Norm, x: Tensor, operands: Operands) -> tuple[Norm, Operands]:

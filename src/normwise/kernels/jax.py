@@ -44,7 +44,10 @@ def kernel_of(engine: Engine, primitives=None) -> Kernel:
     def is_elsewhere(x):
         return not _on_cpu()
 
-    adds = primitives is _NATIVE
+    def adds(norm, x, residual):
+        # Those that call back give no residual on.
+        return engine is cpu.ENGINE
+
     return Kernel(engine.name, why_not, primitives.run, is_elsewhere=is_elsewhere, adds=adds)
 
 
@@ -188,10 +191,6 @@ class _Primitives:
         return self._jitted(x, operands.gamma, operands.beta, operands.residual, norm)
 
     def _run(self, x, gamma, beta, residual, norm):
-        if residual is not None and norm.x_dtype != norm.y_dtype:
-            total = composite.summed(x, residual, x.dtype)
-            norm = norm.with_operands(norm.operands._replace(residual=None))
-            return self._run(total, gamma, beta, None, norm), total
         uniform = norm.uniform
         x = x.astype(uniform.x_dtype)
         absent = jnp.zeros(0, norm.arithmetic)
@@ -397,6 +396,12 @@ def accelerator() -> str | None:
 
 KERNELS = (
     kernel_of(cpu.ENGINE, _NATIVE),
-    Kernel(gpu.NAME, _why_not_on_gpu, _NATIVE.run, is_elsewhere=lambda x: not _on_gpu(), adds=True),
+    Kernel(
+        gpu.NAME,
+        _why_not_on_gpu,
+        _NATIVE.run,
+        is_elsewhere=lambda x: not _on_gpu(),
+        adds=lambda norm, x, residual: True,
+    ),
     composite.COMPOSITE,
 )

@@ -21,8 +21,8 @@ class Kernel:
             against the engines.
         is_elsewhere: called with x, or None as `why_not`; whether this kernel is for other devices
             than that of x, which is no reason for another to be chosen.
-        adds: whether `run` takes a residual, and then returns the sum too. For one that does not
-            the sum is made before.
+        adds: called with a Norm, x and a residual of one dtype, which y has too; whether `run`
+            takes it here, and then returns the sum as well. Else the sum is made before.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Kernel:
     engine: bool = True
     since: str = "{}"
     is_elsewhere: Callable = lambda x: False
-    adds: bool = False
+    adds: Callable = lambda norm, x, residual: False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -41,19 +41,18 @@ def kernel_of(engine: Engine, run=None) -> Kernel:
         return engine.why_not(norm) or _why_not_here(x)
 
     def cast_and_run(norm, x, operands):
-        residual = operands.residual
-        if residual is not None and norm.x_dtype == norm.y_dtype:
+        if operands.residual is not None:
             return run(norm, x, operands)
-        if residual is not None:
-            total = x + residual
-            norm = norm.with_operands(norm.operands._replace(residual=None))
-            return cast_and_run(norm, total, operands._replace(residual=None)), total
         if norm.x_dtype != norm.dtype:
             x = tf.cast(x, norm.dtype)
         y = run(norm.uniform, x, operands)
         return y if norm.y_dtype == norm.dtype else tf.cast(y, norm.y_dtype)
 
-    return Kernel(engine.name, why_not, cast_and_run, adds=engine.adds and run is _run_native)
+    def adds(norm, x, residual):
+        # Those that call back give no residual on.
+        return run is _run_native
+
+    return Kernel(engine.name, why_not, cast_and_run, adds=adds)
 
 
 def _why_not_here(x) -> str | None:

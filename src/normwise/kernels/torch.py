@@ -50,7 +50,10 @@ def kernel_of(engine: Engine) -> Kernel:
     def run(norm, x, operands):
         return _run(engine, norm, x, operands)
 
-    return Kernel(engine.name, why_not, run, is_elsewhere=_is_off_cpu, adds=True)
+    def adds(norm, x, residual):
+        return engine.adds and _adds_here(x, residual)
+
+    return Kernel(engine.name, why_not, run, is_elsewhere=_is_off_cpu, adds=adds)
 
 
 def _why_not_compiled(engine: Engine, norm: Norm, x) -> str | None:
@@ -145,30 +148,17 @@ def _is_recorded() -> bool:
     return get_proxy_mode() is not None
 
 
-def _run(engine: Engine, norm: Norm, x, operands: Operands):
-    """The result, and with a residual the sum."""
-    if operands.residual is None:
-        return _run_alone(engine, norm, x, operands)
-    if _adds_here(engine, norm, x, operands.residual):
-        return _run_alone(engine, norm, x, operands)
-    total = x + operands.residual
-    norm = norm.with_operands(norm.operands._replace(residual=None))
-    return _run_alone(engine, norm, total, operands._replace(residual=None)), total
-
-
-def _adds_here(engine: Engine, norm: Norm, x, residual) -> bool:
-    """Whether an engine's passes are to add this residual."""
+def _adds_here(x, residual) -> bool:
+    """Whether an engine's passes can be given this residual: the operators know none."""
     return (
-        engine.adds
-        and norm.x_dtype == norm.y_dtype
-        and type(residual) in _PLAIN_TYPES
+        type(residual) in _PLAIN_TYPES
         and residual.device == x.device
         and not (x.is_meta or torch.compiler.is_compiling())
     )
 
 
-def _run_alone(engine: Engine, norm: Norm, x, operands: Operands):
-    """The result, and where the engine's passes add the residual the sum."""
+def _run(engine: Engine, norm: Norm, x, operands: Operands):
+    """The result, and with a residual the sum."""
     y_dtype, residual = norm.y_dtype, operands.residual
     if norm.x_dtype != y_dtype:
         x, norm = x.to(getattr(torch, norm.dtype)), norm.uniform
@@ -512,7 +502,13 @@ def _engines() -> tuple[Kernel, ...]:
     """Those of the CPU and of GPUs, of which the one that will have most calls is asked first."""
     native, on_gpu = (
         _native(),
-        Kernel(gpu.NAME, _why_not_on_gpu, _run_on_gpu, is_elsewhere=_is_off_gpu, adds=True),
+        Kernel(
+            gpu.NAME,
+            _why_not_on_gpu,
+            _run_on_gpu,
+            is_elsewhere=_is_off_gpu,
+            adds=lambda norm, x, residual: _adds_here(x, residual),
+        ),
     )
     first = gpu.interpreted() or torch.cuda.is_available()
     return (on_gpu, native) if first else (native, on_gpu)
