@@ -659,9 +659,11 @@ def _fitted(norm: Norm, x: Tensor, operands: Operands) -> Operands:
 
 def _is_alike(geometry: Geometry, shape: Shape) -> bool:
     """Whether what broadcasts to x is a gamma or beta of all samples or of each of them."""
-    return shape[0] in (1, geometry.shape[0]) and all(
+    # An extent of TorchScript's traces is a tensor: to compare it would bind what it stands for.
+    known = [extent if isinstance(extent, int) else None for extent in shape]
+    return known[0] in (1, geometry.shape[0]) and all(
         extent == (full if axis in geometry.parameter_axes else 1)
-        for axis, (extent, full) in enumerate(zip(shape, geometry.shape, strict=True))
+        for axis, (extent, full) in enumerate(zip(known, geometry.shape, strict=True))
         if axis > 0
     )
 
