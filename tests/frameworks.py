@@ -129,6 +129,16 @@ def compiled(function):
     return function
 
 
+def in_one_graph(function):
+    """The function as torch.compile takes it in one graph, or it is an error."""
+    import torch
+
+    allow_torch_compile(True)
+    # Of one piece of code it compiles only so many variants, those of other tests among them.
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="eager")
+
+
 def float64_enabled(dtype="float64"):
     """A context in which float64 exists, if that is the dtype: JAX leaves it off by default."""
     if BACKEND == "jax" and dtype == "float64":

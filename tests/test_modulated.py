@@ -13,6 +13,7 @@ from frameworks import (
     compiled,
     float64_enabled,
     gradients,
+    in_one_graph,
     to_numpy,
 )
 from keras import ops
@@ -373,11 +374,9 @@ def test_fit_moves_every_weight(classes, jit_compile):
 def test_one_graph_of_torch_compile():
     import torch
 
-    allow_torch_compile(True)
     layer, _ = modulated(NORMS["layer"])
     x, condition = torch.tensor(samples()), torch.tensor(CONDITION)
-    function = torch.compile(layer, fullgraph=True, backend="eager")
-    assert_within(to_numpy(function(x, condition)), to_numpy(layer(x, condition)), 1e-5)
+    assert_within(to_numpy(in_one_graph(layer)(x, condition)), to_numpy(layer(x, condition)), 1e-5)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="extents unknown to the graph")

@@ -11,6 +11,7 @@ from frameworks import (
     assert_within,
     float64_enabled,
     gradients,
+    in_one_graph,
     to_numpy,
 )
 from norms import NORMS, Case, expected, randomize, samples
@@ -196,12 +197,9 @@ def test_fit_moves_every_weight(jit_compile):
 def test_one_graph_of_torch_compile():
     import torch
 
-    allow_torch_compile(True)
     layer = built(NORMS["layer"])
     x, residual = map(torch.tensor, both())
-    function = torch.compile(
-        lambda x, residual: layer(x, residual=residual), fullgraph=True, backend="eager"
-    )
+    function = in_one_graph(lambda x, residual: layer(x, residual=residual))
     for found, want in zip(function(x, residual), layer(x, residual=residual), strict=True):
         assert_within(to_numpy(found), to_numpy(want), 1e-5)
 

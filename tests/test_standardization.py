@@ -7,10 +7,11 @@ import re
 import keras
 import numpy as np
 import pytest
-from frameworks import allow_torch_compile, float64_enabled, to_numpy
+from frameworks import float64_enabled, to_numpy
 from test_wrappers import (
     KINDS,
     RELATED,
+    check_fit_save_reload_and_remove,
     close,
     compare,
     dtype_of,
@@ -161,32 +162,11 @@ def test_equal_weights_become_zeros(epsilon):
 
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_fit_save_reload_and_remove(jit_compile, tmp_path):
-    allow_torch_compile(jit_compile)
     first = WeightStandardization(
         keras.layers.Conv1D(4, 2, activation="relu"), scaled=True, gamma=GAMMA, name="first"
     )
     last = WeightStandardization(keras.layers.Dense(2), epsilon=1e-3, name="last")
-    model = keras.Sequential([keras.Input((5, 3)), first, keras.layers.Flatten(), last])
-    before = [to_numpy(w) for w in model.trainable_weights]
-    x, y = samples((24, 5, 3)), samples((24, 2), seed=1)
-    model.compile(keras.optimizers.Adam(1e-2), "mse", jit_compile=jit_compile)
-    losses = model.fit(x, y, batch_size=12, epochs=3, verbose=0).history["loss"]
-    assert losses[-1] < losses[0]
-    for w, value in zip(model.trainable_weights, before, strict=True):
-        assert np.abs(to_numpy(w) - value).max() > 1e-3, w.path
-    predicted = model.predict(x, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert type(loaded.get_layer("first")) is WeightStandardization
-    np.testing.assert_array_equal(loaded.predict(x, verbose=0), predicted)
-    model.save_weights(tmp_path / "model.weights.h5")
-    other = keras.models.clone_model(model)
-    other.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(other.predict(x, verbose=0), predicted)
-    first, flatten, last = loaded.layers
-    plain = keras.Sequential([keras.Input((5, 3)), first.remove(), flatten, last.remove()])
-    assert [type(part).__name__ for part in plain.layers] == ["Conv1D", "Flatten", "Dense"]
-    close(plain.predict(x, verbose=0), predicted, "without the norms", 1e-5)
+    check_fit_save_reload_and_remove(first, last, jit_compile, tmp_path)
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float16"])

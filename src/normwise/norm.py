@@ -88,7 +88,7 @@ class Norm(KeepsHash):
     __hash__ = KeepsHash.kept_hash
 
     def __post_init__(self) -> None:
-        arithmetic = "float64" if "float64" in (self.x_dtype, self.y_dtype) else "float32"
+        arithmetic = arithmetic_of(self.x_dtype, self.y_dtype)
         object.__setattr__(self, "arithmetic", arithmetic)
         dtype = self.x_dtype if self.x_dtype == self.y_dtype else arithmetic
         object.__setattr__(self, "dtype", dtype)
@@ -112,6 +112,16 @@ class Norm(KeepsHash):
     def per_sample(self) -> bool:
         """Whether gamma and beta, where there are any, have values of their own for each sample."""
         return PER_SAMPLE in self.operands[:2]
+
+
+def arithmetic_of(x_dtype: str, y_dtype: str) -> str:
+    """The dtype of the arithmetic from one dtype to another."""
+    return "float64" if "float64" in (x_dtype, y_dtype) else "float32"
+
+
+def sum_dtype(x_dtype: str, y_dtype: str) -> str:
+    """The dtype of x + residual: that of x, and of the result where x has integers."""
+    return x_dtype if "float" in x_dtype else y_dtype
 
 
 @functools.lru_cache(maxsize=1024)
@@ -165,11 +175,17 @@ def check_mask(geometry: Geometry, mask: Tensor) -> None:
         1 if isinstance(extent, int) and extent == 1 else full
         for extent, full in zip(shape, geometry.shape, strict=False)
     )
-    if not 0 < len(shape) <= len(geometry.shape) or not _fits(shape, leading):
+    if not 0 < len(shape) <= len(geometry.shape) or not fits(shape, leading):
         raise ValueError(
             f"mask has shape {shape}, which does not fit x of shape {geometry.shape}; pass the "
             "shape of x or of its first axes, an extent of 1 standing for all"
         )
+
+
+def mask_beside(x: Tensor, mask: Tensor) -> Tensor:
+    """The mask as bool and with as many axes as `x`, whose first ones it has."""
+    trailing = (1,) * (len(x.shape) - len(mask.shape))
+    return keras.ops.cast(keras.ops.reshape(mask, keras.ops.shape(mask) + trailing), "bool")
 
 
 def check_shapes(geometry: Geometry, operands: Operands) -> Operands:
@@ -177,9 +193,9 @@ def check_shapes(geometry: Geometry, operands: Operands) -> Operands:
     gamma, beta, mask, learned_epsilon, residual = operands
     lie = operands.lie()
     expected = geometry.parameter_shape
-    if gamma is not None and not _fits(gamma.shape, expected):
+    if gamma is not None and not fits(gamma.shape, expected):
         lie = lie._replace(gamma=_lies(geometry, "gamma", gamma.shape))
-    if beta is not None and not _fits(beta.shape, expected):
+    if beta is not None and not fits(beta.shape, expected):
         lie = lie._replace(beta=_lies(geometry, "beta", beta.shape))
     if mask is not None:
         check_mask(geometry, mask)
@@ -195,7 +211,7 @@ def check_shapes(geometry: Geometry, operands: Operands) -> Operands:
 
 def _check_residual(geometry: Geometry, residual: Tensor) -> None:
     check_dtype(residual.dtype, "residual")
-    if not _fits(residual.shape, geometry.shape):
+    if not fits(residual.shape, geometry.shape):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}, but it is added to x of shape "
             f"{geometry.shape}; pass a tensor of that shape"
@@ -206,12 +222,12 @@ def _lies(geometry: Geometry, name: str, shape: Shape) -> str:
     """How a gamma or beta lies that is not of the parameters' shape."""
     expected, full = geometry.parameter_shape, geometry.shape
     for_each = (full[0], *expected)
-    if 0 not in geometry.parameter_axes and _fits(shape, for_each):
+    if 0 not in geometry.parameter_axes and fits(shape, for_each):
         return PER_SAMPLE
     broadcast = (
         1 if isinstance(s, int) and s == 1 else e for s, e in zip(shape, full, strict=False)
     )
-    if len(shape) == len(full) and _fits(shape, tuple(broadcast)):
+    if len(shape) == len(full) and fits(shape, tuple(broadcast)):
         return PER_ELEMENT
     raise ValueError(
         f"{name} has shape {tuple(shape)}, but axis {list(geometry.parameter_axes)} of shape "
@@ -219,7 +235,7 @@ def _lies(geometry: Geometry, name: str, shape: Shape) -> str:
     )
 
 
-def _fits(shape: Shape, expected: Shape) -> bool:
+def fits(shape: Shape, expected: Shape) -> bool:
     """Whether two shapes are equal as far as their extents are known."""
     # Lengths first: to compare a symbol of torch's exporters with a number would bind it.
     return len(shape) == len(expected) and (

@@ -49,6 +49,8 @@ from normwise.norm import (
     check_offset,
     check_shapes,
     dtype_name,
+    mask_beside,
+    sum_dtype,
 )
 from normwise.typing import Activation, Axis, DType, Shape, Tensor
 
@@ -391,8 +393,7 @@ class _Operation(keras.Operation):
         lie = check_shapes(norm.geometry, Operands(*operands))
         results = [keras.KerasTensor(x.shape, dtype=norm.y_dtype)]
         if lie.residual:
-            dtype = norm.x_dtype if "float" in norm.x_dtype else norm.y_dtype
-            results.append(keras.KerasTensor(x.shape, dtype=dtype))
+            results.append(keras.KerasTensor(x.shape, dtype=sum_dtype(norm.x_dtype, norm.y_dtype)))
         if returns_statistics:
             sets = norm.geometry.broadcast_statistics_shape
             results += [keras.KerasTensor(sets, dtype=norm.arithmetic) for _ in range(2)]
@@ -452,7 +453,7 @@ class _Operation(keras.Operation):
         operands = _tensors(operands, norm.arithmetic)
         lie = check_shapes(norm.geometry, operands)
         if operands.mask is not None:
-            operands = operands._replace(mask=_beside(x, operands.mask))
+            operands = operands._replace(mask=mask_beside(x, operands.mask))
         offset = check_offset(gamma_offset)
         if offset and operands.gamma is not None:
             operands = operands._replace(gamma=operands.gamma + offset)
@@ -474,7 +475,7 @@ class _Operation(keras.Operation):
         norm = cls.norm(x, operands, **options)
         check_shapes(norm.geometry, operands)
         if mask is not None:
-            operands = Operands(mask=_beside(x, keras.ops.convert_to_tensor(mask)))
+            operands = Operands(mask=mask_beside(x, keras.ops.convert_to_tensor(mask)))
         return composite.mean_and_deviation(norm, x, operands)
 
     @classmethod
@@ -594,9 +595,9 @@ def _run(norm: Norm, x: Tensor, operands: Operands, lie: Operands, statistics: b
     if None in norm.geometry.shape:
         operands = _fitted(norm, x, operands)
     if operands.residual is not None:
-        if "float" not in norm.x_dtype:
-            x = keras.ops.cast(x, norm.y_dtype)
-            norm = dataclasses.replace(norm, x_dtype=norm.y_dtype)
+        dtype = sum_dtype(norm.x_dtype, norm.y_dtype)
+        if dtype != norm.x_dtype:
+            x, norm = keras.ops.cast(x, dtype), dataclasses.replace(norm, x_dtype=dtype)
         if not _adds(norm, x, operands.residual):
             x = composite.summed(x, operands.residual, norm.x_dtype)
             others, operands = [x], operands._replace(residual=None)
@@ -696,12 +697,6 @@ def _tensors(operands: Operands, arithmetic: str) -> Operands:
         _parameter(learned_epsilon, arithmetic),
         residual if residual is None else keras.ops.convert_to_tensor(residual),
     )
-
-
-def _beside(x: Tensor, mask: Tensor) -> Tensor:
-    """The mask as bool and with as many axes as `x`, whose first ones it has."""
-    trailing = (1,) * (len(x.shape) - len(mask.shape))
-    return keras.ops.cast(keras.ops.reshape(mask, keras.ops.shape(mask) + trailing), "bool")
 
 
 def _parameter(value: Tensor, dtype: str) -> Tensor | None:

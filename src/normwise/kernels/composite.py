@@ -104,20 +104,12 @@ def mean_and_deviation(norm: Norm, x, operands: Operands):
         Two tensors that broadcast against x, of the dtype of the arithmetic, differentiable.
     """
     geometry = norm.geometry
-    x = ops.cast(x, norm.arithmetic)
     if operands.mask is not None:
+        x = ops.cast(x, norm.arithmetic)
         mean, _, variance = _masked_moments(x, operands.mask, geometry, norm.subtract_mean)
     else:
         count = set_size(x, geometry)
-        # A sum over one element, or over none where x is empty.
-        first = ops.sum(_first(x, geometry), axis=geometry.set_axes, keepdims=True)
-        shift = ops.stop_gradient(first) if norm.subtract_mean else ops.zeros_like(first)
-        deviation = x - shift
-        mean = shift
-        if norm.subtract_mean:
-            rest = total(deviation, geometry) / count
-            mean, deviation = shift + rest, deviation - rest
-        variance = total(ops.square(deviation), geometry) / count
+        _, mean, variance = moments(norm, x, lambda x: total(x, geometry), count)
     radicand = _radicand(norm, variance, operands)
     # The root has no derivative at 0, and equal elements none to either side.
     defined = radicand > 0
@@ -194,9 +186,7 @@ def _normalize_channels(norm: Norm, x, operands: Operands):
 
 def _masked_moments(x, mask, geometry: Geometry, subtract_mean: bool):
     """The mean of what `mask` keeps, the deviation of all of `x` from it, and the variance."""
-    keep = ops.broadcast_to(mask, ops.shape(x))
-    # Else a masked NaN would reach every gradient of its set as 0 * NaN.
-    x = ops.where(ops.logical_or(keep, ops.isfinite(x)), x, 0)
+    x, keep = readable(x, mask)
     count = total(ops.cast(keep, x.dtype), geometry)
     some = count > 0
     count = ops.maximum(count, 1)
@@ -212,6 +202,15 @@ def _masked_moments(x, mask, geometry: Geometry, subtract_mean: bool):
     kept = ops.where(keep, deviation, 0)
     variance = total(ops.square(kept), geometry) / count
     return mean, deviation, ops.where(some, variance, 1)
+
+
+def readable(x, mask):
+    """`x` with 0 for what is masked and not finite, and which of its elements are kept.
+
+    Else a masked NaN would reach every gradient of its set as 0 * NaN.
+    """
+    keep = ops.broadcast_to(mask, ops.shape(x))
+    return ops.where(ops.logical_or(keep, ops.isfinite(x)), x, 0), keep
 
 
 def spread(parameter, geometry: Geometry):

@@ -9,7 +9,14 @@ from keras import constraints, initializers, regularizers
 
 from normwise import keras_private
 from normwise.geometry import Geometry
-from normwise.norm import Operands, check_dtype, check_epsilon, check_offset, check_shapes
+from normwise.norm import (
+    Operands,
+    check_dtype,
+    check_epsilon,
+    check_offset,
+    check_shapes,
+    sum_dtype,
+)
 from normwise.typing import Activation, Axis, Shape, Tensor
 
 # What a weight has of its own, and the module of Keras that reads and writes it.
@@ -92,6 +99,11 @@ def given(variables: dict[str, Any]) -> dict[str, Any]:
     return {**named, **kwargs}
 
 
+def mask_for(inputs: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The mask of a call's first tensor: where there are two, Keras leaves it on that."""
+    return keras_private.mask_of(inputs) if mask is None else mask
+
+
 class Affine(Parametric):
     """A norm followed by y = activation(gamma * x + beta): weights, config and shapes.
 
@@ -144,8 +156,7 @@ class Affine(Parametric):
         options = {"gamma_offset": self.gamma_offset, "dtype": self.compute_dtype}
         if residual is None:
             return self.normalize(inputs, gamma, beta, mask=mask, **options)
-        # Where there are two tensors, Keras leaves the mask on the first.
-        mask = keras_private.mask_of(inputs) if mask is None else mask
+        mask = mask_for(inputs, mask)
         y, total = self.normalize(inputs, gamma, beta, mask=mask, residual=residual, **options)
         keras_private.give_mask(total, mask)
         return y, total
@@ -209,8 +220,8 @@ class Affine(Parametric):
         y = keras.KerasTensor(inputs.shape, dtype=dtype)
         if residual is None:
             return y
-        total = keras.KerasTensor(inputs.shape, dtype=given if "float" in given else dtype)
-        keras_private.give_mask(total, keras_private.mask_of(inputs) if mask is None else mask)
+        total = keras.KerasTensor(inputs.shape, dtype=sum_dtype(given, dtype))
+        keras_private.give_mask(total, mask_for(inputs, mask))
         return y, total
 
     def get_config(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from normwise import geometry
 from normwise.geometry import Geometry
 from normwise.kernels import composite
 from normwise.layers.affine import Parameter, Parametric, given
-from normwise.norm import check_dtype, check_epsilon, check_mask
+from normwise.norm import arithmetic_of, check_dtype, check_epsilon, check_mask, mask_beside
 from normwise.typing import Axis, Constraint, Initializer, Regularizer, Shape, Tensor
 
 
@@ -90,13 +90,13 @@ class GlobalResponseNormalization(Parametric):
 
     def call(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Scale `inputs` by their norms; `mask` (True = keep) leaves elements out of these."""
-        wide = "float64" in (check_dtype(inputs.dtype), self.compute_dtype)
-        arithmetic = "float64" if wide else "float32"
+        arithmetic = arithmetic_of(check_dtype(inputs.dtype), self.compute_dtype)
         sets = self.geometry(inputs.shape)
         x = kept = keras.ops.cast(inputs, arithmetic)
         if mask is not None:
             check_mask(sets, mask)
-            x, kept = _masked(x, mask)
+            x, keep = composite.readable(x, mask_beside(x, mask))
+            kept = keras.ops.where(keep, x, 0)
         gamma, beta = (
             composite.spread(keras.ops.cast(weight, arithmetic), sets)
             for weight in (self.gamma, self.beta)
@@ -133,13 +133,3 @@ class GlobalResponseNormalization(Parametric):
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
         return {**super().get_config(), "epsilon": self.epsilon, "axis": self.axis}
-
-
-def _masked(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What is left of x by a mask of its first axes, and of that what the mask keeps."""
-    trailing = (1,) * (len(x.shape) - len(mask.shape))
-    mask = keras.ops.reshape(mask, keras.ops.shape(mask) + trailing)
-    keep = keras.ops.broadcast_to(keras.ops.cast(mask, "bool"), keras.ops.shape(x))
-    # Else a masked NaN would reach the gradient of gamma as 0 * NaN.
-    x = keras.ops.where(keras.ops.logical_or(keep, keras.ops.isfinite(x)), x, 0)
-    return x, keras.ops.where(keep, x, 0)

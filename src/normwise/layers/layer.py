@@ -7,8 +7,16 @@ import keras
 
 from normwise import geometry, ops
 from normwise.geometry import Geometry
+from normwise.kernels import composite
 from normwise.layers.affine import Affine, Parameter, given
-from normwise.norm import Operands, check_dtype, check_mask, check_shapes
+from normwise.norm import (
+    Operands,
+    check_dtype,
+    check_mask,
+    check_shapes,
+    mask_beside,
+    sum_dtype,
+)
 from normwise.typing import Activation, Axis, Constraint, Initializer, Regularizer, Shape, Tensor
 
 
@@ -111,10 +119,8 @@ class LayerNormalization(_OverAxes):
         if residual is None:
             return self._divided_by_deviation(inputs, gamma, beta, **options)
         check_shapes(self.geometry(inputs.shape), Operands(residual=residual))
-        given = check_dtype(inputs.dtype)
-        total = keras.ops.cast(
-            keras.ops.add(inputs, residual), given if "float" in given else options["dtype"]
-        )
+        dtype = sum_dtype(check_dtype(inputs.dtype), options["dtype"])
+        total = composite.summed(inputs, residual, dtype)
         return self._divided_by_deviation(total, gamma, beta, **options), total
 
     def _divided_by_deviation(
@@ -137,9 +143,7 @@ class LayerNormalization(_OverAxes):
         keep = keras.ops.ones_like(x, "bool")
         if mask is not None:
             check_mask(found, mask)
-            trailing = (1,) * (len(inputs.shape) - len(mask.shape))
-            mask = keras.ops.reshape(mask, keras.ops.shape(mask) + trailing)
-            keep = keras.ops.logical_and(keep, keras.ops.cast(mask, "bool"))
+            keep = keras.ops.logical_and(keep, mask_beside(inputs, mask))
         y = ops.layer_norm(
             keras.ops.pad(x, further),
             axis=self.axis,
@@ -149,21 +153,15 @@ class LayerNormalization(_OverAxes):
         )
         before = (slice(None),) * axis
         y = y[(*before, slice(None, -1))] - y[(*before, slice(-1, None))]
-        y = y * (_spread(gamma, found, wide) + gamma_offset)
+        y = y * (composite.spread(keras.ops.cast(gamma, wide), found) + gamma_offset)
         if beta is not None:
-            y = y + _spread(beta, found, wide)
+            y = y + composite.spread(keras.ops.cast(beta, wide), found)
         return self.activation(keras.ops.cast(y, dtype))
 
     def get_config(self) -> dict[str, Any]:
         """The arguments of the layer, whatever it was built on."""
         config = super().get_config()
         return {**config, "rms_scaling": True} if self.rms_scaling else config
-
-
-def _spread(parameter: Tensor, geometry: Geometry, dtype: str) -> Tensor:
-    """Gamma or beta in the shape that broadcasts against x."""
-    extents = keras.ops.shape(parameter)
-    return keras.ops.reshape(keras.ops.cast(parameter, dtype), geometry.broadcast_shape(extents))
 
 
 @keras.saving.register_keras_serializable("normwise")

@@ -9,8 +9,8 @@ import keras
 
 from normwise import keras_private
 from normwise.geometry import Geometry
-from normwise.layers.affine import Affine, Parameter, Parametric, given
-from normwise.norm import check_dtype, dtype_name
+from normwise.layers.affine import Affine, Parameter, Parametric, given, mask_for
+from normwise.norm import arithmetic_of, check_dtype, dtype_name
 from normwise.typing import Activation, Constraint, Initializer, Regularizer, Shape, Tensor
 
 
@@ -42,12 +42,7 @@ class Conditioned(Parametric):
 
     def _arithmetic(self, inputs: Tensor) -> str:
         """The dtype of the norm's arithmetic."""
-        wide = "float64" in (check_dtype(inputs.dtype), self.compute_dtype)
-        return "float64" if wide else "float32"
-
-    def _mask(self, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
-        # Where there are two tensors, Keras leaves the mask on the first.
-        return keras_private.mask_of(inputs) if mask is None else mask
+        return arithmetic_of(check_dtype(inputs.dtype), self.compute_dtype)
 
     def _with_own(
         self, gamma: Tensor, beta: Tensor, own: Sequence[Tensor | None]
@@ -220,7 +215,7 @@ class Modulated(Conditioned):
         `mask` (True = keep) leaves elements out of the statistics.
         """
         self._check(inputs, condition)
-        mask = self._mask(inputs, mask)
+        mask = mask_for(inputs, mask)
         gamma, beta, *gate = self._made_of(condition, inputs)
         gamma, beta, offset = self._with_own(gamma, beta, self.norm.own())
         options = {"gamma_offset": offset, "mask": mask, "dtype": self.compute_dtype}

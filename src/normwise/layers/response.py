@@ -7,7 +7,7 @@ import keras
 from normwise import geometry, ops
 from normwise.geometry import Geometry
 from normwise.layers.affine import Affine, Parameter, Parametric, given
-from normwise.norm import check_dtype
+from normwise.norm import arithmetic_of, check_dtype
 from normwise.typing import Activation, Axis, Constraint, Initializer, Regularizer, Shape, Tensor
 
 
@@ -206,8 +206,7 @@ class TLU(Parametric):
 
     def call(self, inputs: Tensor) -> Tensor:
         """The larger of `inputs` and the threshold."""
-        wide = "float64" in (check_dtype(inputs.dtype), self.compute_dtype)
-        arithmetic = "float64" if wide else "float32"
+        arithmetic = arithmetic_of(check_dtype(inputs.dtype), self.compute_dtype)
         x = keras.ops.cast(inputs, arithmetic)
         threshold = keras.ops.cast(self.tau, arithmetic)
         if self.affine:

@@ -8,7 +8,7 @@ import keras
 from normwise import geometry, ops
 from normwise.geometry import Geometry
 from normwise.layers.affine import Parameter, Parametric, given
-from normwise.norm import check_dtype, check_epsilon, check_mask
+from normwise.norm import arithmetic_of, check_dtype, check_epsilon, check_mask, fits
 from normwise.typing import Constraint, Initializer, Regularizer, Shape, Tensor
 
 # What a forecast is divided by is no nearer to 0: it would be thrown out of all proportion.
@@ -191,7 +191,7 @@ class ReversibleInstanceNormalization(Parametric):
     def _check_statistics(self, y: Tensor, statistics: Sequence[Tensor]) -> None:
         wanted = self.geometry(y.shape).broadcast_statistics_shape
         shapes = [tuple(each.shape) for each in statistics]
-        if len(shapes) != 2 or not all(_fits(shape, wanted) for shape in shapes):
+        if len(shapes) != 2 or not all(fits(shape, wanted) for shape in shapes):
             raise ValueError(
                 f"statistics have the shapes {shapes}, but y of shape {tuple(y.shape)} needs a "
                 f"mean and a deviation of shape {wanted}; pass what the call on the series returned"
@@ -215,11 +215,10 @@ class ReversibleInstanceNormalization(Parametric):
             return keras.KerasTensor(inputs.shape, dtype=statistics[0].dtype)
         if mask is not None:
             check_mask(self.geometry(inputs.shape), mask)
-        wide = "float64" in (given, self.compute_dtype)
+        arithmetic = arithmetic_of(given, self.compute_dtype)
         shape, of_statistics = self.compute_output_shape(inputs.shape)
         return keras.KerasTensor(shape, dtype=self.compute_dtype), tuple(
-            keras.KerasTensor(each, dtype="float64" if wide else "float32")
-            for each in of_statistics
+            keras.KerasTensor(each, dtype=arithmetic) for each in of_statistics
         )
 
     def get_config(self) -> dict[str, Any]:
@@ -244,12 +243,3 @@ def _away_from_zero(gamma: Tensor) -> Tensor:
     smallest = keras.ops.where(gamma < 0, -_SMALLEST_GAMMA, _SMALLEST_GAMMA)
     smallest = keras.ops.cast(smallest, gamma.dtype)
     return keras.ops.where(keras.ops.abs(gamma) < _SMALLEST_GAMMA, smallest, gamma)
-
-
-def _fits(shape: Shape, wanted: Shape) -> bool:
-    """Whether two shapes are equal as far as their extents are known."""
-    return len(shape) == len(wanted) and all(
-        each == extent
-        for each, extent in zip(shape, wanted, strict=True)
-        if isinstance(each, int) and isinstance(extent, int)
-    )

@@ -4,7 +4,8 @@ from typing import Any
 
 import keras
 
-from normwise.layers.affine import Affine, Parameter, given
+from normwise.kernels import composite
+from normwise.layers.affine import Affine, Parameter, given, mask_for
 from normwise.layers.group import InstanceNormalization
 from normwise.layers.modulated import Conditioned
 from normwise.typing import Constraint, Initializer, Regularizer, Shape, Tensor
@@ -141,13 +142,15 @@ class SPADE(Conditioned):
             scale_and_shift = keras.ops.transpose(scale_and_shift, (0, 3, 1, 2))
         made = keras.ops.cast(scale_and_shift, self._arithmetic(inputs))
         gamma, beta = keras.ops.split(made, 2, axis=_channel_axis(self.data_format))
-        gamma, beta, offset = self._with_own(gamma, beta, self._spread_own(inputs.shape))
+        sets = self.norm.geometry(inputs.shape)
+        own = [each if each is None else composite.spread(each, sets) for each in self.norm.own()]
+        gamma, beta, offset = self._with_own(gamma, beta, own)
         return self.norm.normalize(
             inputs,
             gamma,
             beta,
             gamma_offset=offset,
-            mask=self._mask(inputs, mask),
+            mask=mask_for(inputs, mask),
             dtype=self.compute_dtype,
         )
 
@@ -165,14 +168,6 @@ class SPADE(Conditioned):
                 nearest = keras.ops.arange(extent, dtype="int32") * of_map // extent
                 x = _rows(x, nearest, extent, axis)
         return x
-
-    def _spread_own(self, inputs_shape: Shape) -> list[Tensor | None]:
-        """The norm's own gamma and beta, in the shape that broadcasts against x."""
-        geometry = self.norm.geometry(inputs_shape)
-        return [
-            each if each is None else keras.ops.reshape(each, geometry.broadcast_shape(each.shape))
-            for each in self.norm.own()
-        ]
 
     def _check(self, inputs_shape: Shape, segmentation_shape: Shape) -> None:
         for name, shape in (("x", inputs_shape), ("segmentation", segmentation_shape)):
