@@ -85,6 +85,28 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return [*_name(layer, "_trainable_variables"), *_name(layer, "_non_trainable_variables")]
 
 
+def nodes_of(layer: keras.Layer) -> tuple[list, list]:
+    """The calls of a layer in graphs, and those of what takes its outputs."""
+    return _name(layer, "_inbound_nodes"), _name(layer, "_outbound_nodes")
+
+
+def give_nodes(layer: keras.Layer, nodes: tuple[list, list]) -> None:
+    """Make the calls of a layer in graphs those of another."""
+    vars(layer)["_inbound_nodes"], vars(layer)["_outbound_nodes"] = nodes
+
+
+def track_again(model: keras.Model) -> None:
+    """Show torch the parameters of a model whose layers have other variables now."""
+    for layer in [*inner_layers(model)[::-1], model]:
+        if hasattr(layer, "_track_variables"):
+            layer._track_variables()
+
+
+def compiled_with(model: keras.Model) -> dict[str, Any]:
+    """What a model was compiled with: optimizer, loss, metrics, as they were given."""
+    return getattr(getattr(model, "_compile_config", None), "config", {})
+
+
 def visit_shapes(model: keras.Model, inputs: Any, visit: Callable[[Any, tuple, Any], None]) -> Any:
     """Run a model on symbolic inputs, with `visit(operation, arguments, outputs)` after each step.
 

@@ -1,0 +1,173 @@
+"""A model with other layers: the copy of a model, and what takes a layer's place in it.
+
+    with surgery.operated(model) as copy:
+        surgery.become(layer_of_the_copy, another)
+
+The model itself is never touched: what fails, fails on a copy that nobody has seen.
+"""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+
+from normwise import keras_private
+from normwise.models.comparison import first_line
+from normwise.models.report import Report
+from normwise.typing import Tensor
+
+
+@contextlib.contextmanager
+def operated(model: keras.Model, report: Report) -> Iterator[keras.Model]:
+    """A copy of a model to change, which has its optimizer's state at the end.
+
+    Args:
+        model: is left as it is.
+        report: is told what of the compiled settings could not be kept.
+
+    Raises:
+        TypeError: `model` is no model.
+        ValueError: it has not been built, or cannot be copied.
+    """
+    made = copied(model)
+    with _known(model):
+        yield made
+        keras_private.track_again(made)
+        if getattr(model, "compiled", False):
+            _compile_as(model, made, report)
+
+
+def copied(model: keras.Model) -> keras.Model:
+    """A copy with all weights, compiled as the model is; as a saved and loaded file, in memory."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"{model!r} is no model; pass a keras.Model")
+    if not model.built:
+        raise ValueError(
+            f"the model {model.name!r} has no weights yet; build it, or call it on some input"
+        )
+    try:
+        with _known(model), warnings.catch_warnings():
+            # Of layers without a build of their own, which the graph's call builds.
+            warnings.simplefilter("ignore")
+            made = copy.deepcopy(model)
+        if [each.shape for each in made.weights] != [each.shape for each in model.weights]:
+            raise ValueError("the copy has other weights")
+    except Exception as error:
+        raise ValueError(
+            f"the model {model.name!r} cannot be copied, as it cannot be saved and loaded "
+            f"({first_line(error)}); give each class of yours that it has a get_config"
+        ) from error
+    # Of layers that save none, as those in a list of lists.
+    give_values(made.weights, model.weights)
+    return made
+
+
+def become(layer: keras.Layer, other: keras.Layer) -> None:
+    """Make a layer of a copy another one, built for the same input: all that holds it holds that.
+
+    A layer is held by attributes, lists, closures, the nodes of graphs and their tensors' history,
+    and each holder by its identity; to exchange what it is keeps them all. Both objects are one
+    from then on, as what Keras wraps around `other`'s methods refers to that.
+    """
+    nodes = keras_private.nodes_of(layer)
+    if not other.built:
+        with contextlib.ExitStack() as scopes:
+            # So that the weights have the paths that the layer's have.
+            for holder in layer.path.split("/")[:-1]:
+                scopes.enter_context(keras.name_scope(holder))
+            other.build_from_config(layer.get_build_config())
+    object.__setattr__(layer, "__class__", type(other))
+    object.__setattr__(layer, "__dict__", other.__dict__)
+    keras_private.give_nodes(layer, nodes)
+
+
+def give_values(
+    variables: Iterable[keras.Variable], values: Iterable[keras.Variable | Tensor]
+) -> None:
+    """Set variables to those of others, in memory of their own: JAX's training deletes the old."""
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(keras.ops.copy(value))
+
+
+def layers_of(model: keras.Model) -> Iterator[tuple[str, keras.Layer]]:
+    """Every layer within a model, with where it is: the names of what holds it and its own.
+
+    One that is held twice comes once.
+    """
+    seen: set[int] = set()
+
+    def walk(holder: keras.Layer, before: str) -> Iterator[tuple[str, keras.Layer]]:
+        for layer in keras_private.inner_layers(holder, recursive=False):
+            if id(layer) not in seen:
+                seen.add(id(layer))
+                yield before + layer.name, layer
+                yield from walk(layer, f"{before}{layer.name}/")
+
+    return walk(model, "")
+
+
+def is_in_config(model: keras.Model, layer: keras.Layer) -> bool:
+    """Whether the config of a model says of a layer what it is, so that a saved file does."""
+    wanted = keras.saving.get_registered_name(type(layer)), layer.name
+
+    def holds(config: Any) -> bool:
+        if isinstance(config, dict):
+            name = config.get("registered_name") or config.get("class_name")
+            inner = config.get("config")
+            if isinstance(inner, dict) and wanted == (name, inner.get("name")):
+                return True
+            config = config.values()
+        elif not isinstance(config, (list, tuple)):
+            return False
+        return any(map(holds, config))
+
+    return holds(keras.saving.serialize_keras_object(model))
+
+
+@contextlib.contextmanager
+def _known(model: keras.Model) -> Iterator[None]:
+    """Let Keras find the classes and functions that a model is made of without registration."""
+    found = {id(type(each)): type(each) for each in [model, *keras_private.inner_layers(model)]}
+    for value in keras.tree.flatten(keras_private.compiled_with(model)):
+        kind = value if callable(value) and hasattr(value, "__name__") else type(value)
+        found[id(kind)] = kind
+    theirs = {
+        name: each
+        for each in found.values()
+        if str(each.__module__).partition(".")[0] not in ("builtins", "keras", "normwise")
+        for name in (each.__name__, keras.saving.get_registered_name(each))
+    }
+    with keras.saving.custom_object_scope(theirs):
+        yield
+
+
+def _compile_as(model: keras.Model, made: keras.Model, report: Report) -> None:
+    """Compile a copy for the weights that it has now, with the state of the optimizer."""
+    try:
+        made.compile_from_config(model.get_compile_config())
+    except Exception as error:
+        report.notes.append(
+            f"compile the model anew: its settings cannot be copied ({first_line(error)})"
+        )
+        return
+    before, after = (getattr(each, "optimizer", None) for each in (model, made))
+    if before is None or after is None or not before.built:
+        return
+    old, new = before.variables, after.variables
+    by_path = {each.path: each for each in old}
+    if len(by_path) == len(old) and all(each.path in by_path for each in new):
+        pairs = [(by_path[each.path], each) for each in new]
+    elif len(old) == len(new):
+        # Of weights with other names: gamma, say, which Keras's RMS norm calls scale.
+        pairs = list(zip(old, new, strict=True))
+    else:
+        pairs = [(by_path[each.path], each) for each in new if each.path in by_path]
+        report.notes.append("the optimizer begins anew for the weights that it has not moved yet")
+    if any(ours.shape != theirs.shape for ours, theirs in pairs):
+        report.notes.append("the optimizer begins anew: the shapes of weights have changed")
+        return
+    for ours, theirs in pairs:
+        give_values([theirs], [ours])
