@@ -6,6 +6,7 @@ without, or says so.
 
 import contextlib
 import importlib
+import inspect
 import numbers
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -91,8 +92,19 @@ def nodes_of(layer: keras.Layer) -> tuple[list, list]:
 
 
 def give_nodes(layer: keras.Layer, nodes: tuple[list, list]) -> None:
-    """Make the calls of a layer in graphs those of another."""
+    """Make the calls of a layer in graphs those of another, without options that it does not take.
+
+    Of a batch norm's call, say, Keras notes the mask, also where there is none.
+    """
     vars(layer)["_inbound_nodes"], vars(layer)["_outbound_nodes"] = nodes
+    takes = inspect.signature(layer.call).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in takes):
+        return
+    names = {each.name for each in takes} | {"training"}  # which Keras leaves out by itself
+    for node in nodes[0]:
+        given = node.arguments
+        kept = {name: value for name, value in given.kwargs.items() if name in names}
+        node.arguments = type(given)(*given.args, **kept)
 
 
 def track_again(model: keras.Model) -> None:
@@ -105,6 +117,26 @@ def track_again(model: keras.Model) -> None:
 def compiled_with(model: keras.Model) -> dict[str, Any]:
     """What a model was compiled with: optimizer, loss, metrics, as they were given."""
     return getattr(getattr(model, "_compile_config", None), "config", {})
+
+
+def moved_by(optimizer: Any) -> list[keras.Variable]:
+    """The weights that an optimizer moves, in the order of its slots for them."""
+    return list(_name(optimizer, "_trainable_variables"))
+
+
+def slots_of(optimizer: Any) -> dict[str, Any]:
+    """What an optimizer keeps, by name: variables, and lists of one for each weight."""
+    names = ("_variables", "_trainable_variables")
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if isinstance(value, keras.Variable)
+        or (isinstance(value, list) and name not in names and _are_variables(value))
+    }
+
+
+def _are_variables(values: list) -> bool:
+    return bool(values) and all(each is None or isinstance(each, keras.Variable) for each in values)
 
 
 def visit_shapes(model: keras.Model, inputs: Any, visit: Callable[[Any, tuple, Any], None]) -> Any:

@@ -1,6 +1,19 @@
 """Whole models: which norms one has, and other norms in their place."""
 
-from normwise.models.norms import Norm, norms_of
+from normwise.models.acceleration import accelerate
+from normwise.models.freezing import freeze, unfreeze
+from normwise.models.norms import KINDS, Norm, norms_of
+from normwise.models.replacement import replace_batch_norm
 from normwise.models.report import Record, Report
 
-__all__ = ["Norm", "Record", "Report", "norms_of"]
+__all__ = [
+    "KINDS",
+    "Norm",
+    "Record",
+    "Report",
+    "accelerate",
+    "freeze",
+    "norms_of",
+    "replace_batch_norm",
+    "unfreeze",
+]

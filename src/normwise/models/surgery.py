@@ -7,7 +7,8 @@ The model itself is never touched: what fails, fails on a copy that nobody has s
 """
 
 import contextlib
-import copy
+import pathlib
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -18,6 +19,9 @@ from normwise import keras_private
 from normwise.models.comparison import first_line
 from normwise.models.report import Report
 from normwise.typing import Tensor
+
+# Of a layer that its holder's config does not say.
+ONLY_IN_MEMORY = "only in memory: what holds it makes it anew when a file is loaded"
 
 
 @contextlib.contextmanager
@@ -33,15 +37,21 @@ def operated(model: keras.Model, report: Report) -> Iterator[keras.Model]:
         ValueError: it has not been built, or cannot be copied.
     """
     made = copied(model)
+    # A layer is the same object when it has become another; its weights are not.
+    theirs = dict(zip(map(id, made.weights), model.weights, strict=True))
+    sources = {
+        layer: [theirs[id(each)] for each in own if id(each) in theirs]
+        for layer, own in _own_by_layer(made).items()
+    }
     with _known(model):
         yield made
         keras_private.track_again(made)
         if getattr(model, "compiled", False):
-            _compile_as(model, made, report)
+            _compile_as(model, made, sources, report)
 
 
 def copied(model: keras.Model) -> keras.Model:
-    """A copy with all weights, compiled as the model is; as a saved and loaded file, in memory."""
+    """A copy with all weights, that is not compiled; as a saved and loaded file."""
     if not isinstance(model, keras.Model):
         raise TypeError(f"{model!r} is no model; pass a keras.Model")
     if not model.built:
@@ -52,7 +62,7 @@ def copied(model: keras.Model) -> keras.Model:
         with _known(model), warnings.catch_warnings():
             # Of layers without a build of their own, which the graph's call builds.
             warnings.simplefilter("ignore")
-            made = copy.deepcopy(model)
+            made = _saved_and_loaded(model)
         if [each.shape for each in made.weights] != [each.shape for each in model.weights]:
             raise ValueError("the copy has other weights")
     except Exception as error:
@@ -60,28 +70,45 @@ def copied(model: keras.Model) -> keras.Model:
             f"the model {model.name!r} cannot be copied, as it cannot be saved and loaded "
             f"({first_line(error)}); give each class of yours that it has a get_config"
         ) from error
+    layers = (keras_private.inner_layers(each) for each in (made, model))
+    for ours, theirs in zip(*layers, strict=True):
+        # Of a layer within a custom one no config says it. What holds a layer comes before it.
+        if ours.trainable != theirs.trainable:
+            ours.trainable = theirs.trainable
     # Of layers that save none, as those in a list of lists.
     give_values(made.weights, model.weights)
     return made
 
 
+def _saved_and_loaded(model: keras.Model) -> keras.Model:
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "model.keras"
+        model.save(file)
+        return keras.saving.load_model(file, compile=False, safe_mode=False)
+
+
 def become(layer: keras.Layer, other: keras.Layer) -> None:
-    """Make a layer of a copy another one, built for the same input: all that holds it holds that.
+    """Make a layer of a copy another one, for the same input: all that holds it then holds that.
 
     A layer is held by attributes, lists, closures, the nodes of graphs and their tensors' history,
     and each holder by its identity; to exchange what it is keeps them all. Both objects are one
     from then on, as what Keras wraps around `other`'s methods refers to that.
     """
     nodes = keras_private.nodes_of(layer)
-    if not other.built:
-        with contextlib.ExitStack() as scopes:
-            # So that the weights have the paths that the layer's have.
-            for holder in layer.path.split("/")[:-1]:
-                scopes.enter_context(keras.name_scope(holder))
-            other.build_from_config(layer.get_build_config())
+    build_like(other, layer)
     object.__setattr__(layer, "__class__", type(other))
     object.__setattr__(layer, "__dict__", other.__dict__)
     keras_private.give_nodes(layer, nodes)
+
+
+def build_like(other: keras.Layer, layer: keras.Layer) -> None:
+    """Build a layer, if it is not, for the input of another and with weights of such paths."""
+    if other.built:
+        return
+    with contextlib.ExitStack() as scopes:
+        for holder in layer.path.split("/")[:-1]:
+            scopes.enter_context(keras.name_scope(holder))
+        other.build_from_config(layer.get_build_config())
 
 
 def give_values(
@@ -144,8 +171,22 @@ def _known(model: keras.Model) -> Iterator[None]:
         yield
 
 
-def _compile_as(model: keras.Model, made: keras.Model, report: Report) -> None:
-    """Compile a copy for the weights that it has now, with the state of the optimizer."""
+def _own_by_layer(model: keras.Model) -> dict[int, list[keras.Variable]]:
+    layers = [model, *keras_private.inner_layers(model)]
+    return {id(layer): keras_private.own_variables(layer) for layer in layers}
+
+
+def _compile_as(
+    model: keras.Model,
+    made: keras.Model,
+    sources: dict[int, list[keras.Variable]],
+    report: Report,
+) -> None:
+    """Compile a copy for the weights that it has now, with the state of the optimizer.
+
+    Args:
+        sources: by the id of the copy's layers, the weights of the model that theirs were.
+    """
     try:
         made.compile_from_config(model.get_compile_config())
     except Exception as error:
@@ -156,18 +197,40 @@ def _compile_as(model: keras.Model, made: keras.Model, report: Report) -> None:
     before, after = (getattr(each, "optimizer", None) for each in (model, made))
     if before is None or after is None or not before.built:
         return
-    old, new = before.variables, after.variables
-    by_path = {each.path: each for each in old}
-    if len(by_path) == len(old) and all(each.path in by_path for each in new):
-        pairs = [(by_path[each.path], each) for each in new]
-    elif len(old) == len(new):
-        # Of weights with other names: gamma, say, which Keras's RMS norm calls scale.
-        pairs = list(zip(old, new, strict=True))
-    else:
-        pairs = [(by_path[each.path], each) for each in new if each.path in by_path]
-        report.notes.append("the optimizer begins anew for the weights that it has not moved yet")
-    if any(ours.shape != theirs.shape for ours, theirs in pairs):
-        report.notes.append("the optimizer begins anew: the shapes of weights have changed")
-        return
-    for ours, theirs in pairs:
-        give_values([theirs], [ours])
+    source_of = {
+        id(ours): theirs
+        for layer, own in _own_by_layer(made).items()
+        for ours, theirs in zip(own, sources.get(layer, ()), strict=False)
+        if ours.shape == theirs.shape
+    }
+    fresh = len(after.variables) - _carry_state(before, after, source_of)
+    if fresh:
+        report.notes.append(f"the optimizer begins anew in {fresh} of its variables")
+
+
+def _carry_state(before: Any, after: Any, source_of: dict[int, keras.Variable]) -> int:
+    """Give an optimizer the state of another, and say how many variables that was.
+
+    An optimizer has variables of its own, as the number of steps, and lists of them, as momenta,
+    with one for each weight that it moves.
+    """
+    inner = getattr(before, "inner_optimizer", None)
+    carried = 0 if inner is None else _carry_state(inner, after.inner_optimizer, source_of)
+    index_of = {id(weight): i for i, weight in enumerate(keras_private.moved_by(before))}
+    weights = keras_private.moved_by(after)
+    indices = [index_of.get(id(source_of.get(id(weight)))) for weight in weights]
+    for name, ours in keras_private.slots_of(after).items():
+        theirs = keras_private.slots_of(before).get(name)
+        if isinstance(ours, keras.Variable):
+            pairs = [(ours, theirs)]
+        elif theirs is None or len(ours) != len(weights):
+            continue
+        else:
+            pairs = [
+                (slot, theirs[i]) for slot, i in zip(ours, indices, strict=True) if i is not None
+            ]
+        for slot, value in pairs:
+            if slot is not None and value is not None and slot.shape == value.shape:
+                give_values([slot], [value])
+                carried += 1
+    return carried
