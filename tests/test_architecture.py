@@ -31,6 +31,8 @@ FLOORS = [
     "models",
     "migrate",
     "tutorial",
+    "terminal",
+    "model_commands",
     "cli",
 ]
 

@@ -7,10 +7,9 @@ Matplotlib and scikit-learn are imported by the commands that need them. The scr
 import enum
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,12 +17,13 @@ from rich.table import Table
 from rich.text import Text
 
 import normwise
+from normwise import model_commands
 from normwise.doctor import report
-from normwise.text import one_line, printable
+from normwise.terminal import EXIT_BAD_INPUT, fail, one_line_errors, print_error
+from normwise.text import printable
 from normwise.tutorial import NORMS, SPLITS
 
 EXIT_REMAINING = 1
-EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 Norm = enum.StrEnum("Norm", {norm: norm for norm in NORMS})
@@ -35,6 +35,7 @@ DrawnNorm = enum.StrEnum(
 )
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.add_typer(model_commands.app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -85,7 +86,7 @@ def tutorial(
     """Train the tutorial's model with each norm, compare them, and draw two pictures."""
     norms = list(dict.fromkeys(norm or Norm))
     _require_installed("matplotlib", *(["sklearn"] if data == "digits" else []))
-    with _one_line_errors(OSError):
+    with one_line_errors(OSError):
         out.mkdir(parents=True, exist_ok=True)
     if json_file is not None:
         _check_file("--json", json_file)
@@ -93,7 +94,7 @@ def tutorial(
     from normwise.tutorial import data as tutorial_data
     from normwise.tutorial import figures, model, run
 
-    with _one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError):
         loaded = tutorial_data.load(data, split)
     runs: list[run.Run] = []
     # A bar redraws its line, which only a terminal can do.
@@ -108,7 +109,7 @@ def tutorial(
     interrupted = len(runs) < len(norms)
     if runs:
         Console().print(run.table(runs, loaded))
-        with _one_line_errors(OSError):
+        with one_line_errors(OSError):
             curves, sets = out / "learning-curves.png", out / "shared-statistics.png"
             figures.save(figures.learning_curves(runs), curves)
             figures.save(figures.shared_statistics(model.norms_to_draw()), sets)
@@ -153,7 +154,7 @@ def figure(
     from normwise.tutorial import figures
 
     if groups is not None and norm is not DrawnNorm.group:
-        _fail(f"--groups {groups} is for group norm, and {norm} norm has none; leave it out")
+        fail(f"--groups {groups} is for group norm, and {norm} norm has none; leave it out")
     out = out or Path(f"normwise-{norm}.png")
     if not out.suffix and out.name:
         out = out.with_suffix(".png")
@@ -163,7 +164,7 @@ def figure(
     axis = axis or ("1" if is_series else "-1")
     extents, axes = _ints("--shape", shape), _ints("--axis", axis)
     title = f"{norm}, axis={axis}, shape {shape}"
-    with _one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError):
         match norm:
             case DrawnNorm.batch:
                 drawn = geometry.batch(extents, axes)
@@ -200,7 +201,7 @@ def convert(
 
     # What cannot be printed is not written.
     with (
-        _one_line_errors(ValueError, OSError),
+        one_line_errors(ValueError, OSError),
         conversion.prepared(old, new, overwrite=overwrite, safe_mode=not unsafe) as converted,
     ):
         Console().print(converted_table(converted))
@@ -220,11 +221,11 @@ def migrate(
 ) -> None:
     """Rewrite source from TensorFlow Addons to normwise; 1 says that something is left to do."""
     if diff and write:
-        _fail("--diff only shows what --write does; leave one of them out")
+        fail("--diff only shows what --write does; leave one of them out")
 
     from normwise.migrate.source import paths as sources
 
-    with _one_line_errors(ValueError, OSError):
+    with one_line_errors(ValueError, OSError):
         found, errors = sources.find(paths)
     migrated, unread = sources.migrate_each(found)
     errors += unread
@@ -241,7 +242,7 @@ def migrate(
             errors += unread
         _print_findings(migrated, left, is_written=write)
     for error in errors:
-        _print_error(error)
+        print_error(error)
     if errors:
         raise typer.Exit(EXIT_BAD_INPUT)
     if any(each.rewritten.remaining for each in migrated):
@@ -297,7 +298,7 @@ def _with_note(text: str, note: str) -> str:
 def doctor() -> None:
     """Say what normwise finds on this machine: versions, CPU, and which kernels will run."""
     table = Table(show_header=False, box=None)
-    with _one_line_errors(ValueError):
+    with one_line_errors(ValueError):
         findings = report()
     for name, finding in findings.items():
         table.add_row(name, finding)
@@ -329,36 +330,18 @@ def _ints(option: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        _fail(f"{option} {text!r} is no list of ints; write it as in {option} 4,5,5,8")
+        fail(f"{option} {text!r} is no list of ints; write it as in {option} 4,5,5,8")
 
 
 def _check_file(option: str, path: Path) -> None:
     """Refuse a file that could not be written in the end."""
     if path.is_dir():
-        _fail(f"{option} {path} is a folder; name a file in it")
+        fail(f"{option} {path} is a folder; name a file in it")
     if not path.parent.is_dir():
-        _fail(f"{option} {path}: there is no folder {path.parent}; make it first")
+        fail(f"{option} {path}: there is no folder {path.parent}; make it first")
 
 
 def _require_installed(*modules: str, extra: str = "tutorial") -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
-        _fail(f"{' and '.join(missing)} must be installed; run pip install 'normwise[{extra}]'")
-
-
-@contextmanager
-def _one_line_errors(*kinds: type[Exception]) -> Iterable[None]:
-    """Report what a user can put right in one line; anything else keeps its traceback."""
-    try:
-        yield
-    except kinds as error:
-        _fail(str(error))
-
-
-def _print_error(message: str) -> None:
-    typer.echo(f"Error: {printable(message)}", err=True)
-
-
-def _fail(message: str) -> NoReturn:
-    _print_error(one_line(message))
-    raise typer.Exit(EXIT_BAD_INPUT)
+        fail(f"{' and '.join(missing)} must be installed; run pip install 'normwise[{extra}]'")

@@ -54,10 +54,10 @@ class Report:
         from rich.table import Table
         from rich.text import Text
 
-        caption = "\n".join([self._summary(), *self.notes])
+        lines = [f"{len(self.changed)} of {len(self.records)} norms changed", *self.notes]
         table = Table(
-            title=self.title,
-            caption=Text(printable(caption)),
+            title=Text(printable(self.title)),
+            caption=Text("\n".join(map(printable, lines))),
             title_justify="left",
             caption_justify="left",
         )
@@ -68,6 +68,3 @@ class Report:
             # As text, for Rich would read [x] as a style.
             table.add_row(*(Text(printable(cell)) for cell in cells))
         return table
-
-    def _summary(self) -> str:
-        return f"{len(self.changed)} of {len(self.records)} layers changed"

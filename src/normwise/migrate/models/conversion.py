@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ import keras
 import normwise
 from normwise.migrate.models import loading
 from normwise.migrate.models.reading.budget import Budget
-from normwise.models import comparison
-from normwise.text import one_line
+from normwise.models import comparison, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,12 +116,9 @@ def prepared(
     path: Path, out: Path, custom_objects=None, safe_mode=True, overwrite=False, seed=0
 ) -> Iterator[Conversion]:
     """All that `convert` does, the last step at the end of the block: if it raises, never."""
-    _check_out(path, out, overwrite)
+    files.check_out(path, out, overwrite)
     saved, model = loading.read_model(path, custom_objects, safe_mode)
-    with tempfile.TemporaryDirectory(
-        prefix=".normwise-", dir=out.parent, ignore_cleanup_errors=True
-    ) as folder:
-        written = Path(folder) / out.name
+    with files.written(path, out, overwrite) as written:
         again = _save_and_read_back(model, written, path, custom_objects, safe_mode)
         _compare_weights(model, again, path)
         difference, tolerance = _compare_predictions(model, again, path, seed, saved.file_bytes)
@@ -135,52 +130,6 @@ def prepared(
             tolerance=tolerance,
             versions={"saved by Keras": saved.version, **_versions()},
         )
-        _move(written, out, overwrite)
-
-
-def _move(written: Path, out: Path, overwrite: bool) -> None:
-    """Move a file to its place in one step; without `overwrite`, to one that nobody has taken."""
-    if overwrite:
-        written.replace(out)
-        return
-    try:
-        try:
-            os.link(written, out)
-        except FileExistsError:
-            raise
-        except OSError:  # a file system without hard links
-            out.open("xb").close()
-            try:
-                written.replace(out)
-            except OSError:
-                out.unlink()
-                raise
-    except FileExistsError:
-        raise _refused(_exists(out)) from None
-
-
-def _refused(text: str) -> ValueError:
-    return ValueError(one_line(text))
-
-
-def _exists(out: Path) -> str:
-    return f"{out} exists; write to another, or pass overwrite=True (--overwrite)"
-
-
-def _check_out(path: Path, out: Path, overwrite: bool) -> None:
-    if out.suffix != ".keras":
-        raise _refused(
-            f"{out} does not end in .keras, as Keras 3 wants it; "
-            f"write to {out.with_suffix('.keras')}"
-        )
-    if not out.parent.is_dir():
-        raise _refused(f"{out}: there is no folder {out.parent}; make it first")
-    if out.exists() and path.exists() and out.samefile(path):
-        raise _refused(f"{out} is the file to convert; write to another")
-    if out.is_dir():
-        raise _refused(f"{out} is a folder; write to another name")
-    if os.path.lexists(out) and not overwrite:
-        raise _refused(_exists(out))
 
 
 def _save_and_read_back(model, written, path, custom_objects, safe_mode):
@@ -193,7 +142,7 @@ def _save_and_read_back(model, written, path, custom_objects, safe_mode):
     except OSError:
         raise
     except Exception as error:
-        raise _refused(
+        raise files.refused(
             f"{path} was loaded, but Keras {keras.__version__} cannot save it and read it back "
             f"({comparison.first_line(error)}); keep the model of load_model, and its weights alone"
         ) from error
@@ -203,7 +152,7 @@ def _compare_weights(model, again, path) -> None:
     for old, new in itertools.zip_longest(model.weights, again.weights):
         if old is None or new is None or not comparison.is_equal(old, new):
             named = new if old is None else old
-            raise _refused(
+            raise files.refused(
                 f"{path}: the weight {named.path} is another after saving, so nothing was "
                 "written; does a layer of your own leave an argument out of its config?"
             )
@@ -216,12 +165,12 @@ def _compare_predictions(model, again, path, seed, file_bytes) -> tuple[float, f
             model, again, seed, lambda: Budget(file_bytes).spend
         )
     except ValueError as error:
-        raise _refused(
+        raise files.refused(
             f"{path} was loaded, but {error}, so the file to write cannot be checked; use "
             "load_model, and save the model once you have compared its predictions"
         ) from error
     if not difference <= tolerance:
-        raise _refused(
+        raise files.refused(
             f"{path}: the written model predicts otherwise than the loaded one, by "
             f"{difference:.1e} with {tolerance:.1e} allowed; nothing was written. Does a layer of "
             "your own leave an argument out of its config?"
