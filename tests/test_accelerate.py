@@ -18,10 +18,6 @@ needs_hub = pytest.mark.skipif(keras_hub is None, reason="keras-hub is not insta
 TINY = {"vocabulary_size": 40, "num_layers": 1, "hidden_dim": 8, "intermediate_dim": 12}
 
 
-def bert():
-    return keras_hub.models.BertBackbone(num_heads=2, max_sequence_length=9, **TINY)
-
-
 def llama():
     return keras_hub.models.LlamaBackbone(num_query_heads=2, num_key_value_heads=1, **TINY)
 
@@ -49,7 +45,7 @@ def assert_trains_alike(faster, model, x, y, tolerance=1e-5):
         assert_close(to_numpy(ours), to_numpy(theirs), tolerance)
 
 
-@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("make", [SMALL["functional"], SMALL["subclassed"]])
 def test_the_model_predicts_and_trains_on_as_before(make):
     model = randomize(make())
     x, y = images(8, 4, 6), images(8, 4, 3 if model.name == "functional" else 6, seed=1)
@@ -178,7 +174,7 @@ def test_a_model_that_predicts_otherwise_is_not_returned(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @needs_hub
-@pytest.mark.parametrize("make", [bert, llama, gemma])
+@pytest.mark.parametrize("make", [llama, gemma])
 def test_a_transformer_of_keras_hub(make):
     keras.utils.set_random_seed(0)
     model = randomize(make())
@@ -192,8 +188,6 @@ def test_a_transformer_of_keras_hub(make):
         assert (type(norm), norm.gamma_offset) == (normwise.layers.RMSNormalization, 1.0)
     tokens = np.random.default_rng(0).integers(1, 40, (2, 7))
     x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
-    if make is bert:
-        x["segment_ids"] = np.zeros_like(tokens)
     want = predictions(model, x)
     assert_close(predictions(faster, x), want, 1e-5)
     if make is gemma:

@@ -24,10 +24,9 @@ def moved(model, x, y):
     }
 
 
-@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
-def test_training_leaves_what_is_frozen(make):
-    model = randomize(make())
-    x, y = images(8, 4, 6), images(8, 4, 3 if model.name == "functional" else 6, seed=1)
+def test_training_leaves_what_is_frozen():
+    model = randomize(SMALL["functional"]())
+    x, y = images(8, 4, 6), images(8, 4, 3, seed=1)
     trained(model, x, y)
     untouched = Untouched(model)
     batch, report = freeze(model, "batch")

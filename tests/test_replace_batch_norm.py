@@ -82,10 +82,9 @@ def test_options_and_axis_are_kept():
     assert type(norm.gamma_regularizer) is keras.regularizers.L2
 
 
-@pytest.mark.parametrize("make", SMALL.values(), ids=SMALL)
-def test_a_model_goes_on_training(make):
-    model = randomize(make())
-    x, y = images(8, 4, 6), images(8, 4, 3 if model.name == "functional" else 6, seed=1)
+def test_a_model_goes_on_training():
+    model = randomize(SMALL["functional"]())
+    x, y = images(8, 4, 6), images(8, 4, 3, seed=1)
     trained(model, x, y, steps=2)
     other, report = replace_batch_norm(model, "layer")
     assert len(report.changed) == len(report) > 0

@@ -39,7 +39,7 @@ class Subclassed(keras.Model):
 
 
 def functional():
-    """A norm that is called twice, one in a branch, a block, and a nested model."""
+    """A norm that is called twice, a block, and a nested model."""
     inputs = keras.Input((4, 6))
     twice = keras.layers.LayerNormalization(name="twice")
     x = twice(inputs)

@@ -86,6 +86,11 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     return [*_name(layer, "_trainable_variables"), *_name(layer, "_non_trainable_variables")]
 
 
+def seeds_of(layer: keras.Layer) -> list[keras.Variable]:
+    """The states of the random numbers that a layer itself draws, as dropout does."""
+    return [generator.state for generator in getattr(layer, "_seed_generators", ())]
+
+
 def nodes_of(layer: keras.Layer) -> tuple[list, list]:
     """The calls of a layer in graphs, and those of what takes its outputs."""
     return _name(layer, "_inbound_nodes"), _name(layer, "_outbound_nodes")

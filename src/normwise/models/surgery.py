@@ -75,6 +75,7 @@ def copied(model: keras.Model) -> keras.Model:
         # Of a layer within a custom one no config says it. What holds a layer comes before it.
         if ours.trainable != theirs.trainable:
             ours.trainable = theirs.trainable
+        give_values(keras_private.seeds_of(ours), keras_private.seeds_of(theirs))
     # Of layers that save none, as those in a list of lists.
     give_values(made.weights, model.weights)
     return made
