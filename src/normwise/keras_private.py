@@ -9,7 +9,7 @@ import importlib
 import inspect
 import numbers
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
@@ -142,6 +142,36 @@ def slots_of(optimizer: Any) -> dict[str, Any]:
 
 def _are_variables(values: list) -> bool:
     return bool(values) and all(each is None or isinstance(each, keras.Variable) for each in values)
+
+
+class Call(NamedTuple):
+    """A call in the graph of a model.
+
+    Attributes:
+        of: the layer or operation that is called.
+        inputs, outputs: the tensors that it takes, wherever among its arguments, and that it makes.
+        options: the arguments that were given by name.
+    """
+
+    of: Any
+    inputs: list[keras.KerasTensor]
+    outputs: list[keras.KerasTensor]
+    options: dict[str, Any]
+
+
+def calls_of(layer: keras.Layer) -> list[Call] | None:
+    """The calls of the graph that a model runs; None for what calls its layers in its own way."""
+    functional = _find("keras.src.models.functional", "Functional")
+    graph = layer
+    if isinstance(layer, keras.Sequential) and type(layer).call is keras.Sequential.call:
+        graph = _name(layer, "_functional")
+    if getattr(type(graph), "call", None) is not functional.call:
+        return None
+    nodes = (node for same_depth in _name(graph, "_nodes_by_depth").values() for node in same_depth)
+    return [
+        Call(node.operation, node.input_tensors, node.outputs, node.arguments.kwargs)
+        for node in nodes
+    ]
 
 
 def visit_shapes(model: keras.Model, inputs: Any, visit: Callable[[Any, tuple, Any], None]) -> Any:

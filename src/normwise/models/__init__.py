@@ -1,6 +1,7 @@
 """Whole models: which norms one has, and other norms in their place."""
 
 from normwise.models.acceleration import accelerate
+from normwise.models.folding import fold_batch_norm
 from normwise.models.freezing import freeze, unfreeze
 from normwise.models.norms import KINDS, Norm, norms_of
 from normwise.models.replacement import replace_batch_norm
@@ -12,6 +13,7 @@ __all__ = [
     "Record",
     "Report",
     "accelerate",
+    "fold_batch_norm",
     "freeze",
     "norms_of",
     "replace_batch_norm",

@@ -53,12 +53,52 @@ def compare(
     Raises:
         ValueError: the model does not say what its inputs are, or takes none of what was tried.
     """
-    with _rolled(model, other):
+    expected, found = predictions(model, other, seed, count)
+    differences = [largest_difference(*pair) for pair in zip(found, expected, strict=True)]
+    return float(np.max(differences, initial=0.0)), _tolerance(model, expected)
+
+
+def predictions(
+    model: keras.Model,
+    other: keras.Model,
+    seed: int = 0,
+    count: Callable[[], Spend] = lambda: lambda what, amount: None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The outputs of each of two models for the same random input; as for `compare`."""
+    with _rolled(model, other), _unmoved(model, other):
         inputs, expected = _inputs_and_outputs(model, seed, count)
         found = _predict(other, inputs)
-    pairs = (zip(_pieces(a), _pieces(b), strict=True) for a, b in zip(found, expected, strict=True))
-    differences = itertools.starmap(_largest_difference, itertools.chain.from_iterable(pairs))
-    return max(differences, default=0.0), _tolerance(model, expected)
+    return expected, found
+
+
+def largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Of two outputs; NaN where one of them has that and the other a number."""
+    pairs = zip(_pieces(found), _pieces(expected), strict=True)
+    return float(np.max([_difference_of(*pair) for pair in pairs], initial=0.0))
+
+
+def largest(output: np.ndarray) -> float:
+    """The largest finite magnitude in an output, 0 where there is none."""
+    sizes = (np.abs(y[np.isfinite(y)]).max(initial=0.0) for y in _pieces(output))
+    return float(max(sizes, default=0.0))
+
+
+def epsilon_of(model: keras.Model) -> float:
+    """The distance of 1 to the next number in the coarsest dtype that a model computes in."""
+    dtypes = {layer.compute_dtype for layer in [model, *keras_private.inner_layers(model)]}
+    return max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes if "float" in dtype)
+
+
+@contextlib.contextmanager
+def _unmoved(*models: keras.Model) -> Iterator[None]:
+    """Put back what models keep from call to call, as recurrent layers may do with their state."""
+    kept = [each for model in models for each in model.non_trainable_variables]
+    values = [keras.ops.copy(each) for each in kept]
+    try:
+        yield
+    finally:
+        for variable, value in zip(kept, values, strict=True):
+            variable.assign(value)
 
 
 @contextlib.contextmanager
@@ -200,18 +240,17 @@ def _pieces(output: np.ndarray) -> Iterator[np.ndarray]:
     return (flat[at : at + PIECE].astype("float64") for at in range(0, flat.size, PIECE))
 
 
-def _largest_difference(found: np.ndarray, expected: np.ndarray) -> float:
+def _difference_of(found: np.ndarray, expected: np.ndarray) -> float:
     same = (found == expected) | (np.isnan(found) & np.isnan(expected))
     with np.errstate(invalid="ignore"):
         return float(np.where(same, 0.0, np.abs(found - expected)).max(initial=0.0))
 
 
 def _tolerance(model, outputs) -> float:
-    dtypes = {layer.compute_dtype for layer in [model, *keras_private.inner_layers(model)]}
-    eps = max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes if "float" in dtype)
-    pieces = itertools.chain.from_iterable(map(_pieces, outputs))
-    largest = max((np.abs(y[np.isfinite(y)]).max(initial=1.0) for y in pieces), default=1.0)
-    return float(eps * largest * sum(np.sqrt(_size(weight)) for weight in model.weights))
+    scale = max([1.0, *map(largest, outputs)])
+    return float(
+        epsilon_of(model) * scale * sum(np.sqrt(_size(weight)) for weight in model.weights)
+    )
 
 
 def _size(tensor) -> int:
