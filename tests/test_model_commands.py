@@ -67,6 +67,17 @@ def test_accelerate_writes_a_model_that_predicts_the_same(file):
     np.testing.assert_allclose(to_numpy(new(x)), to_numpy(old(x)), atol=1e-4)
 
 
+def test_fold_writes_a_model_without_batch_norm(file):
+    new = file.with_name("new.keras")
+    status, words = command("fold-batch-norm", file, new)
+    assert (status, "folded into conv" in words) == (0, True)
+    loaded = keras.models.load_model(new)
+    assert type(loaded.get_layer("batch")) is keras.layers.Identity
+    x = images(2, 6, 6, 3)
+    want = keras.models.load_model(file)(x)
+    np.testing.assert_allclose(to_numpy(loaded(x)), to_numpy(want), atol=1e-4)
+
+
 def test_replace_freeze_and_unfreeze(file):
     new = file.with_name("new.keras")
     status, words = command("replace-batch-norm", file, new, "--groups", 2)

@@ -86,6 +86,14 @@ def replace_batch_norm(
     _rewrite(replaced, file, new, overwrite, unsafe)
 
 
+@app.command("fold-batch-norm")
+def fold_batch_norm(
+    file: _File, new: _New, overwrite: _Overwrite = False, unsafe: _Unsafe = False
+) -> None:
+    """Fold batch norms into the layers beside them, for inference, and write the model anew."""
+    _rewrite(models.fold_batch_norm, file, new, overwrite, unsafe)
+
+
 @app.command("freeze")
 def freeze(
     file: _File,

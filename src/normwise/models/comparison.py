@@ -83,7 +83,7 @@ def largest(output: np.ndarray) -> float:
     return float(max(sizes, default=0.0))
 
 
-def epsilon_of(model: keras.Model) -> float:
+def eps_of(model: keras.Model) -> float:
     """The distance of 1 to the next number in the coarsest dtype that a model computes in."""
     dtypes = {layer.compute_dtype for layer in [model, *keras_private.inner_layers(model)]}
     return max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes if "float" in dtype)
@@ -248,9 +248,7 @@ def _difference_of(found: np.ndarray, expected: np.ndarray) -> float:
 
 def _tolerance(model, outputs) -> float:
     scale = max([1.0, *map(largest, outputs)])
-    return float(
-        epsilon_of(model) * scale * sum(np.sqrt(_size(weight)) for weight in model.weights)
-    )
+    return float(eps_of(model) * scale * sum(np.sqrt(_size(weight)) for weight in model.weights))
 
 
 def _size(tensor) -> int:

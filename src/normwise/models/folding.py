@@ -321,7 +321,7 @@ def _give(layer: keras.Layer, kernels: list[np.ndarray], bias: np.ndarray) -> No
 def _check_predictions(model: keras.Model, folded: keras.Model) -> None:
     """Check that two models predict the same, on random input."""
     expected, found = comparison.predictions(model, folded)
-    relative = TOLERANCE * comparison.epsilon_of(model)
+    relative = TOLERANCE * comparison.eps_of(model)
     for at, (was, now) in enumerate(zip(expected, found, strict=True)):
         difference, largest = comparison.largest_difference(now, was), comparison.largest(was)
         if not difference <= relative * largest:

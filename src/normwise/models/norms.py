@@ -69,9 +69,10 @@ def norms_of(model: keras.Layer) -> list[Norm]:
 
     >>> import keras
     >>> from normwise.models import norms_of
-    >>> model = keras.Sequential([keras.Input((8, 8, 4)), keras.layers.BatchNormalization()])
+    >>> norm = keras.layers.BatchNormalization(name="norm")
+    >>> model = keras.Sequential([keras.Input((8, 8, 4)), norm])
     >>> [(norm.path, norm.kind, norm.shape) for norm in norms_of(model)]
-    [('batch_normalization', 'batch', (None, 8, 8, 4))]
+    [('norm', 'batch', (None, 8, 8, 4))]
     """
     found = []
     for path, layer in surgery.layers_of(model):
