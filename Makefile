@@ -18,6 +18,13 @@ INSTALLED = $(VENV)/.tools-$(subst $() ,-,$(strip $(BACKENDS)))
 JAX_GPU = $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-deps --upgrade \
 	--target $(VENV)/jax-gpu jax-cuda12-plugin || echo no plugin of JAX for GPUs: its tests are skipped
 
+# A hub of models whose norms tests replace: what it imports, and not all that it asks for, which is
+# TensorFlow's whole build.
+KERAS_HUB = $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) \
+		kagglehub regex sentencepiece tokenizers \
+	&& $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --no-deps keras-hub \
+	|| echo no KerasHub: the tests of its models are skipped
+
 FUZZ = build/sanitized/fuzz build/plain/fuzz
 
 .PHONY: tutorial test lint fuzz bench figures clean
@@ -100,6 +107,7 @@ $(FUZZ): build/%/fuzz: $(INSTALLED) CMakeLists.txt $(wildcard csrc/*)
 $(INSTALLED): pyproject.toml $(CONSTRAINTS) CMakeLists.txt $(wildcard csrc/*) | $(VENV)
 	$(INSTALL) '.[tools $(EXTRAS:%=,%)]'
 	$(if $(filter jax,$(BACKENDS)),$(JAX_GPU))
+	$(if $(filter constraints.txt,$(CONSTRAINTS)),$(KERAS_HUB))
 	touch $@
 
 clean:
