@@ -163,7 +163,8 @@ def _input_axes(kernel: Kernel) -> tuple[int, ...]:
 
 
 def _fan_in(kernel: Kernel) -> int:
-    return math.prod(kernel.variable.shape[axis] for axis in _input_axes(kernel))
+    # A list: torch.compile traces no product of a generator.
+    return math.prod([kernel.variable.shape[axis] for axis in _input_axes(kernel)])
 
 
 def _check_fan_in(kernel: Kernel) -> None:
