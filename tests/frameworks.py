@@ -19,7 +19,12 @@ def allow_torch_compile(jit_compile):
     if BACKEND == "torch" and jit_compile:
         if shutil.which("c++") is None:
             pytest.skip("torch.compile needs a C++ compiler")
+        import torch
+
         warnings.simplefilter("ignore")  # pytest takes it back after the test
+        # Of one piece of code, as Keras's training step is, it compiles eight variants, those of
+        # other tests among them, and then runs it as it is, without a word.
+        torch.compiler.reset()
 
 
 def to_numpy(tensor):
@@ -134,8 +139,6 @@ def in_one_graph(function):
     import torch
 
     allow_torch_compile(True)
-    # Of one piece of code it compiles only so many variants, those of other tests among them.
-    torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend="eager")
 
 

@@ -433,7 +433,6 @@ def test_torch_compile(path):
     )
     function = functools.partial(norm, axis=path.axis, epsilon=EPSILON)
     arrays, dy = tensors(path)
-    torch.compiler.reset()
     y, found = both_passes(torch.compile(function, fullgraph=True, dynamic=False), arrays, dy)
     assert_right(path, arrays, dy, y, found)
 

@@ -21,7 +21,6 @@ if library.path() is None:
 @pytest.fixture(autouse=True)
 def _fresh():
     allow_torch_compile(jit_compile=True)
-    torch.compiler.reset()
 
 
 def samples(*shape):
