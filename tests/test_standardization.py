@@ -19,6 +19,7 @@ from test_wrappers import (
     kernels_of,
     randomized,
     samples,
+    ways_to_fit,
     wrapped_gradients,
 )
 
@@ -160,7 +161,7 @@ def test_equal_weights_become_zeros(epsilon):
     assert all(np.isfinite(d).all() for d in [dx, *found.values()])
 
 
-@pytest.mark.parametrize("jit_compile", [True, False])
+@ways_to_fit
 def test_fit_save_reload_and_remove(jit_compile, tmp_path):
     first = WeightStandardization(
         keras.layers.Conv1D(4, 2, activation="relu"), scaled=True, gamma=GAMMA, name="first"
