@@ -162,7 +162,7 @@ def test_fit_through_content_and_style(jit_compile):
     model.compile("adam", "mse", jit_compile=jit_compile)
     before = [convolution.get_weights() for convolution in convolutions]
     images = [samples((4, 4, 4, 3)), samples((4, 5, 5, 3))]
-    model.fit(images, samples((4, 2, 2, 1)), batch_size=2, verbose=0)
+    model.fit(images, samples((4, 2, 2, 1)), verbose=0)
     for convolution, (kernel, _) in zip(convolutions, before, strict=True):
         moved = convolution.get_weights()[0] - kernel
         assert np.isfinite(moved).all()
