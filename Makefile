@@ -33,16 +33,23 @@ FUZZ = build/sanitized/fuzz build/plain/fuzz
 tutorial: $(VENV)/.tutorial-$(BACKEND)
 	KERAS_BACKEND=$(BACKEND) $(BIN)/normwise tutorial
 
-test: test-native $(BACKENDS:%=test-%) $(if $(filter torch,$(BACKENDS)),test-gpu) lint
+# The longest first: `make --jobs=2 test` ends with short ones, and no core waits long for the other.
+PARTS = $(BACKENDS) native $(if $(filter torch,$(BACKENDS)),gpu)
+test: $(addprefix test-,$(filter $(PARTS),torch jax gpu tensorflow native)) lint
 
 # All tests, and those of values and gradients once more as they are without the native library. With
 # one whose build failed, pip installs without a word, and most tests of it would only be skipped.
 test-tensorflow test-jax test-torch: test-%: $(INSTALLED)
 	KERAS_BACKEND=$* $(BIN)/python -c \
 		"from normwise.kernels import library; assert library.path(), library.missing()"
-	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet
+	KERAS_BACKEND=$* $(if $(filter jax,$*),$(CHEAP_JAX)) $(BIN)/python -m pytest --quiet
 	KERAS_BACKEND=$* $(BIN)/python -m pytest --quiet --pure-python $(addprefix tests/test_,\
 		contract.py derivatives.py defects.py golden.py layers.py masks.py ops.py)
+
+# More than half of the time of the tests on JAX would go to LLVM, which optimizes thousands of
+# programs that run once. What XLA makes of them before is the same, and so are the native kernels;
+# the values and gradients of --pure-python are tested as LLVM optimizes them.
+CHEAP_JAX = XLA_FLAGS=--xla_backend_optimization_level=0
 
 # The kernels of GPUs, in Triton's interpreter. On a machine with a GPU `pytest -m gpu` runs the same.
 test-gpu: $(INSTALLED)
