@@ -14,11 +14,25 @@ from normwise.doctor import explain
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["explain", "figures", "geometry", "layers", "migrate", "ops", "rnn", "use_kernels"]
+__all__ = [
+    "explain",
+    "figures",
+    "geometry",
+    "layers",
+    "migrate",
+    "models",
+    "ops",
+    "rnn",
+    "use_kernels",
+]
 
 
 # What needs more than Keras, as Matplotlib or h5py, is imported when it is asked for.
-_ON_DEMAND = {"figures": "normwise.tutorial.figures", "migrate": "normwise.migrate"}
+_ON_DEMAND = {
+    "figures": "normwise.tutorial.figures",
+    "migrate": "normwise.migrate",
+    "models": "normwise.models",
+}
 
 
 def __getattr__(name: str):
