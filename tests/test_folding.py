@@ -597,3 +597,24 @@ def realistic(model):
         elif weight.name in ("beta", "moving_mean", "bias"):
             weight.assign(rng.normal(0.0, 0.1, weight.shape))
     return model
+
+
+@keras.saving.register_keras_serializable("tests")
+class Backbone(keras.Model):
+    """As KerasHub's: a functional model whose config says how it is made, and not of what."""
+
+    def __init__(self, filters=4, **kwargs):
+        inputs = keras.Input((6, 6, 3))
+        x = keras.layers.Conv2D(filters, 3, use_bias=False, name="conv")(inputs)
+        outputs = keras.layers.BatchNormalization(name="norm")(x)
+        super().__init__(inputs, outputs, **kwargs)
+        self.filters = filters
+
+    def get_config(self):
+        return {"filters": self.filters, "name": self.name}
+
+
+def test_a_model_whose_config_does_not_say_its_layers():
+    folded, report = fold_batch_norm(Backbone())
+    assert type(folded) is Backbone
+    assert (report[0].done, report[0].why) == ("folded into conv", surgery.NOT_TO_BE_SAVED)

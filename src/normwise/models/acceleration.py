@@ -57,8 +57,9 @@ def accelerate(model: keras.Model) -> tuple[keras.Model, Report]:
     """
     report = Report(f"accelerate {getattr(model, 'name', model)!r}")
     with surgery.operated(model, report) as made:
+        saved = surgery.saved_layers(made)
         for norm in norms_of(made):
-            report.records.append(_accelerated(norm, made))
+            report.records.append(_accelerated(norm, saved))
     try:
         difference, tolerance = compare(model, made)
     except ValueError as error:
@@ -75,7 +76,7 @@ def accelerate(model: keras.Model) -> tuple[keras.Model, Report]:
     return made, report
 
 
-def _accelerated(norm: Norm, model: keras.Model) -> Record:
+def _accelerated(norm: Norm, saved: set[tuple[str, str]]) -> Record:
     """Replace a norm of a copy, or say why it stays."""
     layer, was = norm.layer, type(norm.layer).__name__
     package = type(layer).__module__.partition(".")[0]
@@ -103,8 +104,8 @@ def _accelerated(norm: Norm, model: keras.Model) -> Record:
         return kept(f"cannot be compared with normwise's ({first_line(error)})")
     if not difference <= 1:
         return kept("gives other values than normwise's on random input")
+    why = "" if surgery.key(layer) in saved else surgery.ONLY_IN_MEMORY
     surgery.become(layer, other)
-    why = "" if surgery.is_in_config(model, layer) else surgery.ONLY_IN_MEMORY
     return Record(norm.path, was, f"normwise.layers.{type(layer).__name__}", why)
 
 

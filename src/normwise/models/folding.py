@@ -69,10 +69,10 @@ def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Report]:
     """
     report = Report("Batch normalization, folded into the layers beside it")
     with surgery.operated(model, report) as folded:
-        calls = _Calls(folded)
+        calls, saved = _Calls(folded), surgery.saved_layers(folded)
         for path, layer in list(surgery.layers_of(folded)):
             if kind_of(layer) == "batch":
-                report.records.append(_fold(path, layer, calls))
+                report.records.append(_fold(path, layer, calls, saved))
     if report.changed:
         report.notes.append("for inference: to train this model is to train another one")
         _check_predictions(model, folded)
@@ -181,15 +181,16 @@ class _Calls:
         return reader
 
 
-def _fold(path: str, norm: keras.Layer, calls: _Calls) -> Record:
+def _fold(path: str, norm: keras.Layer, calls: _Calls, saved: set[tuple[str, str]]) -> Record:
     """Fold a norm, if that can be, and say what became of it."""
     try:
         layer = _fold_beside(norm, calls)
     except _KeptError as kept:
         return Record(path, type(norm).__name__, "kept", str(kept), changed=False)
+    why = "" if surgery.key(norm) in saved else surgery.NOT_TO_BE_SAVED
     # It stays as a step that does nothing, so that the graph has the names and outputs that it had.
     surgery.become(norm, keras.layers.Identity(name=norm.name, dtype=norm.compute_dtype))
-    return Record(path, "BatchNormalization", f"folded into {layer.name}")
+    return Record(path, "BatchNormalization", f"folded into {layer.name}", why)
 
 
 def _fold_beside(norm: keras.Layer, calls: _Calls) -> keras.Layer:

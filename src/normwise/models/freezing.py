@@ -89,6 +89,7 @@ def _set(
     wanted = _checked(kinds)
     report = Report(f"{verb} the norms of {getattr(model, 'name', model)!r}")
     with surgery.operated(model, report) as made:
+        saved = surgery.saved_layers(made)
         for norm in norms_of(made):
             if norm.kind not in wanted:
                 continue
@@ -102,7 +103,7 @@ def _set(
             if before == trainable:
                 record = Record(norm.path, was, "kept", f"is so already: {why}", changed=False)
             else:
-                if not surgery.is_in_config(made, norm.layer):
+                if surgery.key(norm.layer) not in saved:
                     why += f"; {surgery.ONLY_IN_MEMORY}"
                 record = Record(norm.path, was, "trained" if trainable else "frozen", why)
             report.records.append(record)

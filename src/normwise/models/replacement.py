@@ -64,9 +64,10 @@ def replace_batch_norm(
     make = _maker(with_, groups)
     report = Report(f"replace the batch norms of {getattr(model, 'name', model)!r}")
     with surgery.operated(model, report) as made:
+        saved = surgery.saved_layers(made)
         for norm in norms_of(made):
             if norm.kind == "batch":
-                report.records.append(_replaced(norm, made, make, with_))
+                report.records.append(_replaced(norm, saved, make, with_))
     if report.changed:
         report.notes.append("the values change: train the model further before it is used")
     if not len(report):
@@ -94,7 +95,7 @@ def _maker(with_: str | _Make, groups: int | None) -> _Make:
     )
 
 
-def _replaced(norm: Norm, model: keras.Model, make: _Make, with_: str | _Make) -> Record:
+def _replaced(norm: Norm, saved: set[tuple[str, str]], make: _Make, with_: str | _Make) -> Record:
     """Replace a batch norm of a copy, or say why it stays."""
     layer, was = norm.layer, type(norm.layer).__name__
 
@@ -126,8 +127,8 @@ def _replaced(norm: Norm, model: keras.Model, make: _Make, with_: str | _Make) -
     done = type(other).__name__
     if type(other) is layers.GroupNormalization:
         done = f"{done}(groups={other.groups})"
+    why = "" if surgery.key(layer) in saved else surgery.NOT_TO_BE_SAVED
     surgery.become(layer, other)
-    why = "" if surgery.is_in_config(model, layer) else surgery.ONLY_IN_MEMORY
     return Record(norm.path, was, done, why)
 
 

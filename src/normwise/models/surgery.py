@@ -22,6 +22,8 @@ from normwise.typing import Tensor
 
 # Of a layer that its holder's config does not say.
 ONLY_IN_MEMORY = "only in memory: what holds it makes it anew when a file is loaded"
+# The same, where the weights in the file are then others than those that it makes.
+NOT_TO_BE_SAVED = f"{ONLY_IN_MEMORY}, and has no place for these weights then"
 
 
 @contextlib.contextmanager
@@ -137,22 +139,28 @@ def layers_of(model: keras.Model) -> Iterator[tuple[str, keras.Layer]]:
     return walk(model, "")
 
 
-def is_in_config(model: keras.Model, layer: keras.Layer) -> bool:
-    """Whether the config of a model says of a layer what it is, so that a saved file does."""
-    wanted = keras.saving.get_registered_name(type(layer)), layer.name
+def saved_layers(model: keras.Model) -> set[tuple[str, str]]:
+    """The layers that the config of a model says, and so a saved file, by `key`."""
+    found = set()
 
-    def holds(config: Any) -> bool:
+    def collect(config: Any) -> None:
         if isinstance(config, dict):
-            name = config.get("registered_name") or config.get("class_name")
             inner = config.get("config")
-            if isinstance(inner, dict) and wanted == (name, inner.get("name")):
-                return True
+            if isinstance(inner, dict) and "name" in inner:
+                found.add((config.get("registered_name") or config["class_name"], inner["name"]))
             config = config.values()
         elif not isinstance(config, (list, tuple)):
-            return False
-        return any(map(holds, config))
+            return
+        for each in config:
+            collect(each)
 
-    return holds(keras.saving.serialize_keras_object(model))
+    collect(keras.saving.serialize_keras_object(model))
+    return found
+
+
+def key(layer: keras.Layer) -> tuple[str, str]:
+    """By what a config tells a layer."""
+    return keras.saving.get_registered_name(type(layer)), layer.name
 
 
 @contextlib.contextmanager
