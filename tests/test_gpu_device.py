@@ -304,7 +304,6 @@ def test_equal_elements_at_epsilon_0(path):
     assert all(np.isfinite(gradient).all() for gradient in found)
 
 
-@needs_gpu  # The interpreter runs programs one after another, always in one order.
 @paths("rows", "longer rows", "long runs", "runs in pieces", "columns in pieces", "kept")
 def test_two_runs_give_the_same_bits(path):
     arrays, dy = tensors(path, "bfloat16")
@@ -353,23 +352,13 @@ def test_vmap():
     assert_right(path, arrays, dy, y, [dx, *found[1:]])
 
 
-# In the interpreter every path in one way and every way with many paths; test_gpu_kernels.py, which
-# is there for it, has all of both, in small blocks.
-WAYS = [(SHARED, "float32"), (PER_SAMPLE, "bfloat16")]
-RESIDUALS = [
-    (name, *way)
-    for index, name in enumerate(PATHS)
-    for way in (WAYS[index % 2 :][:1] if INTERPRETED else WAYS)
-]
-
-
 @on_torch
-@pytest.mark.parametrize(("name", "lies", "dtype"), RESIDUALS)
-def test_a_residual(name, lies, dtype):
+@every_path
+@pytest.mark.parametrize(("lies", "dtype"), [(SHARED, "float32"), (PER_SAMPLE, "bfloat16")])
+def test_a_residual(path, lies, dtype):
     """Both passes of the engine, with gamma and beta of all samples and of each."""
     from normwise.kernels import torch_gpu
 
-    path = PATHS[name]
     (x, *_), dy = tensors(path, dtype)
     (residual, *_), dsum = tensors(path, dtype, mean=2.0)
     samples = path.shape[:1] if lies == PER_SAMPLE else ()
