@@ -10,7 +10,6 @@ those before an activation that follows an addition cannot be.
 
 import argparse
 import functools
-import json
 import pathlib
 
 import keras
@@ -103,9 +102,7 @@ def main():
     rows = [measure(name, arguments.size, arguments.seconds) for name in MODELS]
     result = {"versions": measuring.versions(), "size": arguments.size, "rows": rows}
     measuring.console(100).print(table_of(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    measuring.write(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -298,11 +298,11 @@ def run(arguments, console) -> dict:
                 if BACKEND == "torch":
                     torch.compiler.reset()
                     torch.cuda.empty_cache()
-                write(report, arguments.json)
+                measuring.write(report, arguments.json)
                 elapsed_s = time.perf_counter() - start
                 longest_s = max(longest_s, elapsed_s)
                 console.print(f"{case.name}, {dtype}: {elapsed_s:.1f} s", highlight=False)
-    write(report, arguments.json)
+    measuring.write(report, arguments.json)
     return report
 
 
@@ -316,15 +316,6 @@ def versions() -> dict:
     elif torch.cuda.is_available():
         found["GPU"] = torch.cuda.get_device_name()
     return found
-
-
-def write(report: dict, path: pathlib.Path | None):
-    """Write what there is, in one step: whoever ends the program leaves a whole file."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(report, indent=1) + "\n")
-        unfinished.replace(path)
 
 
 def why_not(dry: bool) -> str | None:

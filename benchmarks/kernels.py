@@ -305,9 +305,7 @@ def main():
         cases = [case for case in CASES if case.name in arguments.case]
         with measuring.busy(arguments.busy):
             reports = [run(cases, arguments.dtype, arguments.seconds)]
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(reports[0], indent=1) + "\n")
+        measuring.write(reports[0], arguments.json)
     if arguments.chart:
         import chart
 

@@ -1,6 +1,7 @@
 """What the benchmarks share: times that can be compared, and the machine that they hold for."""
 
 import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -66,6 +67,15 @@ def console(columns: int) -> Console:
     made = Console()
     made.width = max(made.width, columns)
     return made
+
+
+def write(report: dict, path: pathlib.Path | None):
+    """Write a report, if a file is named, in one step: who ends the program leaves a whole one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(report, indent=1) + "\n")
+        unfinished.replace(path)
 
 
 def versions() -> dict:

@@ -15,7 +15,6 @@ The first reading of a training compiles; that is timed once and stated beside.
 
 import argparse
 import functools
-import json
 import pathlib
 import time
 
@@ -122,10 +121,7 @@ def main():
     names = [arguments.case] if arguments.case else list(CASES)
     rows = [measure(name, arguments.seconds) for name in names]
     measuring.console(100).print(table_of(rows))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"versions": measuring.versions(), "rows": rows}
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    measuring.write({"versions": measuring.versions(), "rows": rows}, arguments.json)
 
 
 if __name__ == "__main__":

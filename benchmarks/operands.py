@@ -16,7 +16,6 @@ operand 8.
 """
 
 import argparse
-import json
 import math
 import pathlib
 import statistics
@@ -208,10 +207,7 @@ def main():
                 with console.status(f"{case.name}, {dtype}"):
                     rows += [measure(case, dtype, each, arguments.seconds) for each in OPERANDS]
     console.print(*tables(rows))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"versions": measuring.versions(), "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    measuring.write({"versions": measuring.versions(), "rows": rows}, arguments.json)
 
 
 if __name__ == "__main__":

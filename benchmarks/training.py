@@ -14,7 +14,6 @@ TensorFlow no such number is to be had.
 
 import argparse
 import functools
-import json
 import math
 import pathlib
 
@@ -208,9 +207,7 @@ def main():
     arguments = parser.parse_args()
     result = measure(arguments.seconds)
     measuring.console(100).print(table_of(result))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    measuring.write(result, arguments.json)
 
 
 if __name__ == "__main__":

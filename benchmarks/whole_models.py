@@ -10,7 +10,6 @@ models, in random order, and their medians.
 
 import argparse
 import functools
-import json
 import pathlib
 
 import keras
@@ -95,9 +94,8 @@ def main():
         f"ConvNeXtTiny, {BATCH} images of {SIDE} x {SIDE}, ms a step: "
         f"Keras {times_ms['Keras']:.0f}, normwise {times_ms['normwise']:.0f}, ratio {ratio:.2f}"
     )
-    if arguments.json:
-        report = {"versions": measuring.versions(), "models": rows, "step_ms": times_ms}
-        arguments.json.write_text(json.dumps(report, indent=1))
+    report = {"versions": measuring.versions(), "models": rows, "step_ms": times_ms}
+    measuring.write(report, arguments.json)
 
 
 if __name__ == "__main__":
