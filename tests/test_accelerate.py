@@ -156,7 +156,7 @@ def test_a_norm_that_computes_otherwise_stays(monkeypatch):
 
 
 def test_a_model_that_predicts_otherwise_is_not_returned(monkeypatch):
-    monkeypatch.setattr("normwise.models.acceleration.compare", lambda *models: (1.0, 1e-6))
+    monkeypatch.setattr("normwise.models.comparison.compare", lambda *models: (1.0, 1e-6))
     with pytest.raises(ValueError, match=r"predicts otherwise, by 1\.0e\+00 where 1\.0e-06"):
         accelerate(SMALL["sequential"]())
 

@@ -5,18 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
-import ml_dtypes
 import numpy as np
 
 from normwise import layers
-from normwise.models import surgery
-from normwise.models.comparison import compare, first_line
-from normwise.models.norms import Norm, norms_of
+from normwise.models import comparison, surgery
+from normwise.models.norms import Norm, norms_of, options_of, package_of
 from normwise.models.report import Record, Report
 
-# What layers of both have in their configs, by the names that both use.
-_SHARED = ("name", "trainable", "axis", "epsilon", "center", "scale")
-_PARAMETERS = ("initializer", "regularizer", "constraint")
 # How far two ways to compute a norm may be from each other, in eps of the largest value.
 _TOLERANCE = 64
 
@@ -61,7 +56,7 @@ def accelerate(model: keras.Model) -> tuple[keras.Model, Report]:
         for norm in norms_of(made):
             report.records.append(_accelerated(norm, saved))
     try:
-        difference, tolerance = compare(model, made)
+        difference, tolerance = comparison.compare(model, made)
     except ValueError as error:
         report.notes.append(f"each norm was compared by itself, but not the whole: {error}")
         return made, report
@@ -79,7 +74,7 @@ def accelerate(model: keras.Model) -> tuple[keras.Model, Report]:
 def _accelerated(norm: Norm, saved: set[tuple[str, str]]) -> Record:
     """Replace a norm of a copy, or say why it stays."""
     layer, was = norm.layer, type(norm.layer).__name__
-    package = type(layer).__module__.partition(".")[0]
+    package = package_of(layer)
 
     def kept(why: str) -> Record:
         return Record(norm.path, was, "kept", why, changed=False)
@@ -101,7 +96,7 @@ def _accelerated(norm: Norm, saved: set[tuple[str, str]]) -> Record:
     except _UnlikeError as error:
         return kept(str(error))
     except Exception as error:
-        return kept(f"cannot be compared with normwise's ({first_line(error)})")
+        return kept(f"cannot be compared with normwise's ({comparison.first_line(error)})")
     if not difference <= 1:
         return kept("gives other values than normwise's on random input")
     why = "" if surgery.key(layer) in saved else surgery.ONLY_IN_MEMORY
@@ -119,29 +114,17 @@ class _UnlikeError(ValueError):
     """A layer computes what no norm of this library does."""
 
 
-def _common(layer: keras.Layer) -> dict[str, Any]:
-    """The arguments of a layer that ours has too."""
-    config = layer.get_config()
-    kept = {key: config[key] for key in _SHARED if key in config}
-    for weight in ("gamma", "beta"):
-        for part in _PARAMETERS:
-            value = getattr(layer, f"{weight}_{part}", None)
-            if value is not None:
-                kept[f"{weight}_{part}"] = value
-    return {**kept, "dtype": layer.dtype_policy}
-
-
 def _group_norm(layer: keras.Layer) -> keras.Layer:
-    return layers.GroupNormalization(groups=layer.groups, **_common(layer))
+    return layers.GroupNormalization(groups=layer.groups, **options_of(layer))
 
 
 def _layer_norm(layer: keras.Layer) -> keras.Layer:
     rms = {"rms_scaling": True} if getattr(layer, "rms_scaling", False) else {}
-    return layers.LayerNormalization(**_common(layer), **rms)
+    return layers.LayerNormalization(**options_of(layer), **rms)
 
 
 def _rms_norm(layer: keras.Layer) -> keras.Layer:
-    options = _common(layer)
+    options = options_of(layer)
     options.pop("scale", None)
     return layers.RMSNormalization(**options)
 
@@ -213,14 +196,11 @@ def _difference(layer: keras.Layer, other: keras.Layer, shape: Any) -> float:
     rng = np.random.default_rng(0)
     extents = (extent or size for extent, size in zip(shape, (2, 3, 4, 5, 6, 7), strict=False))
     x = keras.ops.convert_to_tensor(rng.standard_normal(tuple(extents)), layer.compute_dtype)
-    expected, found = (
-        np.asarray(keras.ops.convert_to_numpy(each(x))).astype("float64") for each in (layer, other)
-    )
+    expected, found = (comparison.numbers(each(x)) for each in (layer, other))
     if expected.shape != found.shape:
         return np.inf
-    eps = float(ml_dtypes.finfo(layer.compute_dtype).eps)
-    allowed = _TOLERANCE * eps * max(1.0, float(np.abs(expected).max(initial=0.0)))
-    return float(np.abs(expected - found).max(initial=0.0)) / allowed
+    allowed = _TOLERANCE * comparison.eps_of(layer) * max(1.0, comparison.largest(expected))
+    return comparison.largest_difference(found, expected) / allowed
 
 
 def _give_weights(other: keras.Layer, layer: keras.Layer) -> None:

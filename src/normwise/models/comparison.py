@@ -83,7 +83,7 @@ def largest(output: np.ndarray) -> float:
     return float(max(sizes, default=0.0))
 
 
-def eps_of(model: keras.Model) -> float:
+def eps_of(model: keras.Layer) -> float:
     """The distance of 1 to the next number in the coarsest dtype that a model computes in."""
     dtypes = {layer.compute_dtype for layer in [model, *keras_private.inner_layers(model)]}
     return max(float(ml_dtypes.finfo(dtype).eps) for dtype in dtypes if "float" in dtype)
@@ -117,8 +117,12 @@ def _rolled(*models: keras.Model) -> Iterator[None]:
 
 def is_equal(variable: keras.Variable, other: keras.Variable) -> bool:
     """Whether two variables have the same numbers, bit for bit but for NaN."""
-    arrays = (np.asarray(keras.ops.convert_to_numpy(each), "float64") for each in (variable, other))
-    return np.array_equal(*arrays, equal_nan=True)
+    return np.array_equal(numbers(variable), numbers(other), equal_nan=True)
+
+
+def numbers(tensor: Any) -> np.ndarray:
+    """What a tensor or variable of any framework holds, as float64."""
+    return np.asarray(keras.ops.convert_to_numpy(tensor), "float64")
 
 
 def first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from normwise import keras_private
 from normwise.models import comparison, surgery
+from normwise.models.comparison import numbers
 from normwise.models.norms import kind_of
 from normwise.models.report import Record, Report
 
@@ -211,12 +212,12 @@ def _fold_beside(norm: keras.Layer, calls: _Calls) -> keras.Layer:
 def _scale_and_shift(norm: keras.Layer) -> tuple[np.ndarray, np.ndarray]:
     """What a norm multiplies each channel by in inference, and adds to it then."""
     with np.errstate(all="ignore"):
-        scale = 1 / np.sqrt(_read(norm.moving_variance) + norm.epsilon)
+        scale = 1 / np.sqrt(numbers(norm.moving_variance) + norm.epsilon)
         if norm.scale:
-            scale = scale * _read(norm.gamma)
-        shift = -_read(norm.moving_mean) * scale
+            scale = scale * numbers(norm.gamma)
+        shift = -numbers(norm.moving_mean) * scale
         if norm.center:
-            shift = shift + _read(norm.beta)
+            shift = shift + numbers(norm.beta)
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
         raise _KeptError("its weights give a scale or a shift that is not finite")
     return scale, shift
@@ -229,14 +230,14 @@ def _fold_into_before(place: _Place, calls: _Calls, scale, shift) -> keras.Layer
         raise _KeptError(f"{layer.name} has the activation {name}")
     _check_axis(layer, place)
     *others, kernel = _kernels(layer)
-    values = _read(kernel)
+    values = numbers(kernel)
     if isinstance(layer, DEPTHWISE):
         by_channel = scale.reshape(values.shape[-2:])
     elif isinstance(layer, TRANSPOSED):
         by_channel = scale[:, np.newaxis]
     else:
         by_channel = scale
-    _give(layer, [*map(_read, others), values * by_channel], _bias(layer) * scale + shift)
+    _give(layer, [*map(numbers, others), values * by_channel], _bias(layer) * scale + shift)
     return layer
 
 
@@ -245,7 +246,7 @@ def _fold_into_after(place: _Place, calls: _Calls, scale, shift) -> keras.Layer:
     if "float" not in place.call.inputs[0].dtype:
         raise _KeptError(f"{layer.name} would be given {place.call.inputs[0].dtype}")
     _check_axis(layer, place)
-    kernel, *others = map(_read, _kernels(layer))
+    kernel, *others = map(numbers, _kernels(layer))
     if shift.any():
         _check_padding(layer, kernel)
     # Every output adds up all positions of the kernel.
@@ -297,11 +298,7 @@ def _kernels(layer: keras.Layer) -> list[keras.Variable]:
 
 
 def _bias(layer: keras.Layer) -> np.ndarray | float:
-    return 0.0 if layer.bias is None else _read(layer.bias)
-
-
-def _read(variable: keras.Variable) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(variable), "float64")
+    return 0.0 if layer.bias is None else numbers(layer.bias)
 
 
 def _give(layer: keras.Layer, kernels: list[np.ndarray], bias: np.ndarray) -> None:

@@ -11,8 +11,7 @@ import keras
 import numpy as np
 
 from normwise.kernels import gradients
-from normwise.models import pictures, readings
-from normwise.models.comparison import first_line
+from normwise.models import comparison, pictures, readings
 from normwise.models.norms import KINDS, Norm
 from normwise.models.readings import Reading
 from normwise.models.surgery import layers_of
@@ -239,8 +238,8 @@ class NormMonitor(keras.callbacks.Callback):
             except Exception as error:
                 raise ValueError(
                     f"the loss of the model {model.name!r} cannot be computed for x and y of the "
-                    f"monitor ({first_line(error)}); pass a y as to fit, or none to watch no "
-                    "gradients"
+                    f"monitor ({comparison.first_line(error)}); pass a y as to fit, or none to "
+                    "watch no gradients"
                 ) from error
             return loss, noted
 
@@ -267,7 +266,7 @@ class NormMonitor(keras.callbacks.Callback):
                 self._writers.append(TensorBoardWriter(self._tensorboard))
         noted, found = self._evaluate(*map(_tensors, (self._x, self._y)))
         slopes = {
-            id(variable): float(np.linalg.norm(_numbers(gradient)))
+            id(variable): float(np.linalg.norm(comparison.numbers(gradient)))
             for variable, gradient in zip(self._trained, found, strict=True)
         }
         made = [self._reading(norm, noted[norm.path], slopes) for norm in self._norms]
@@ -279,12 +278,12 @@ class NormMonitor(keras.callbacks.Callback):
     def _reading(self, norm: Norm, noted: list[Tensor], slopes: dict[int, float]) -> Reading:
         numbers: dict[str, float | None] = {}
         if noted:
-            each = np.stack([_numbers(tensor) for tensor in noted])  # (calls, 4)
+            each = np.stack([comparison.numbers(tensor) for tensor in noted])  # (calls, 4)
             sets = each[:, 0]
             averages = (each[:, 1:] * sets[:, None]).sum(0) / sets.sum()
             numbers = dict(zip(("mean", "spread", "flat"), map(float, averages), strict=True))
         for name, variable in _parameters(norm.layer).items():
-            values = _numbers(variable.value)
+            values = comparison.numbers(variable.value)
             if name == "gamma":
                 values = values + getattr(inner_norm(norm.layer) or norm.layer, "gamma_offset", 0.0)
             numbers[f"{name}_min"], numbers[f"{name}_max"] = values.min(), values.max()
@@ -378,7 +377,3 @@ def _tensors(batch: Any) -> Any:
     return keras.tree.map_structure(
         lambda value: None if value is None else keras.ops.convert_to_tensor(value), batch
     )
-
-
-def _numbers(tensor: Tensor) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(tensor), "float64")

@@ -28,6 +28,8 @@ KINDS: dict[str, tuple[type[keras.Layer], ...]] = {
     "weight": (layers.WeightNormalization, layers.WeightStandardization),
 }
 
+_OPTIONS = ("name", "trainable", "axis", "epsilon", "center", "scale")
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -52,8 +54,9 @@ class Norm:
     @property
     def kernel(self) -> str:
         """The kernel of normwise that would run here, or whose layer it is."""
-        if type(self.layer).__module__.partition(".")[0] != "normwise":
-            return f"of {type(self.layer).__module__.partition('.')[0]}"
+        package = package_of(self.layer)
+        if package != "normwise":
+            return f"of {package}"
         if self.sets is None or self.shape is None:
             return "composite"
         try:
@@ -91,9 +94,27 @@ def kind_of(layer: keras.Layer) -> str | None:
         if isinstance(layer, classes):
             return kind
     name = type(layer).__name__.lower()
-    if type(layer).__module__.startswith("keras_hub.") and "norm" in name:
-        return "rms" if "rms" in name or set(_weights(layer)) == {"scale"} else "layer"
+    if package_of(layer) == "keras_hub" and "norm" in name:
+        is_rms = "rms" in name or {weight.name for weight in layer.weights} == {"scale"}
+        return "rms" if is_rms else "layer"
     return None
+
+
+def package_of(layer: keras.Layer) -> str:
+    """The package that a layer's class is of, as "keras"."""
+    return type(layer).__module__.partition(".")[0]
+
+
+def options_of(layer: keras.Layer) -> dict[str, Any]:
+    """The arguments of a norm that others take too, under the names that Keras and we use."""
+    config = layer.get_config()
+    found = {name: config[name] for name in _OPTIONS if name in config}
+    for weight in ("gamma", "beta"):
+        for part in ("initializer", "regularizer", "constraint"):
+            value = getattr(layer, f"{weight}_{part}", None)
+            if value is not None:
+                found[f"{weight}_{part}"] = value
+    return {**found, "dtype": layer.dtype_policy}
 
 
 def shape_of(layer: keras.Layer) -> Shape | None:
@@ -123,7 +144,3 @@ def sets_of(layer: keras.Layer, shape: Shape) -> Geometry | None:
             return layer.geometry(shape)
         case _:
             return geometry.layer(shape, axis)
-
-
-def _weights(layer: keras.Layer) -> list[str]:
-    return [weight.name for weight in layer.weights]

@@ -7,7 +7,7 @@ import keras
 
 from normwise import layers
 from normwise.models import surgery
-from normwise.models.norms import Norm, norms_of
+from normwise.models.norms import Norm, norms_of, options_of
 from normwise.models.report import Record, Report
 
 # More groups have fewer channels each: what Wu and He found best for 64 channels and more.
@@ -83,12 +83,12 @@ def _maker(with_: str | _Make, groups: int | None) -> _Make:
         return with_
     if with_ == "group":
         return lambda layer: layers.GroupNormalization(
-            groups=_groups(layer, groups), **_options(layer)
+            groups=_groups(layer, groups), **options_of(layer)
         )
     if with_ == "instance":
-        return lambda layer: layers.InstanceNormalization(**_options(layer))
+        return lambda layer: layers.InstanceNormalization(**options_of(layer))
     if with_ == "layer":
-        return lambda layer: layers.LayerNormalization(**_options(layer))
+        return lambda layer: layers.LayerNormalization(**options_of(layer))
     raise ValueError(
         f"with_={with_!r} is no norm to replace batch norm with; use 'group', 'instance', 'layer' "
         "or a function that takes the layer and gives another"
@@ -143,11 +143,3 @@ def _groups(layer: keras.layers.BatchNormalization, groups: int | None) -> int:
             "divisor of every layer's channels, or leave groups out"
         )
     return groups
-
-
-def _options(layer: keras.layers.BatchNormalization) -> dict:
-    """What a batch norm has and its successor is to have."""
-    names = ["name", "axis", "epsilon", "center", "scale", "trainable"]
-    for weight in ("gamma", "beta"):
-        names += [f"{weight}_{part}" for part in ("initializer", "regularizer", "constraint")]
-    return {name: getattr(layer, name) for name in names} | {"dtype": layer.dtype_policy}

@@ -1,6 +1,6 @@
 """A model with other layers: the copy of a model, and what takes a layer's place in it.
 
-    with surgery.operated(model) as copy:
+    with surgery.operated(model, report) as copy:
         surgery.become(layer_of_the_copy, another)
 
 The model itself is never touched: what fails, fails on a copy that nobody has seen.

@@ -12,7 +12,8 @@ from keras import ops
 from normwise.geometry import Geometry
 from normwise.kernels import composite, gradients
 from normwise.models.norms import Norm, norms_of, sets_of
-from normwise.norm import arithmetic_of, check_dtype
+from normwise.norm import Norm as OneNorm
+from normwise.norm import check_dtype
 from normwise.typing import Tensor
 
 # Of weights, which are no sets of what comes in.
@@ -77,20 +78,18 @@ def statistics(x: Tensor, sets: Geometry, centred: bool, epsilon: float) -> Tens
         Tensor (4,) of the dtype of the arithmetic.
     """
     dtype = check_dtype(x.dtype)
-    x = ops.stop_gradient(ops.cast(x, arithmetic_of(dtype, dtype)))
-    count = composite.set_size(x, sets)
-    # The deviations from a rounded mean have a mean of their own.
-    mean = composite.total(x, sets) / count
-    rest = composite.total(x - mean, sets) / count
-    deviation = x - mean - rest if centred else x
-    variance = composite.total(ops.square(deviation), sets) / count
+    norm = OneNorm(sets, dtype, dtype, epsilon)
+    x, count = ops.stop_gradient(x), composite.set_size(x, sets)
+    _, mean, variance = composite.moments(norm, x, lambda x: composite.total(x, sets), count)
+    if not centred:
+        variance = variance + ops.square(mean)
     members = sets.members if sets.splits_channels else 1
     return ops.stack(
         [
-            ops.cast(ops.size(mean), x.dtype) / members,
-            ops.mean(mean + rest),
+            ops.cast(ops.size(mean), mean.dtype) / members,
+            ops.mean(mean),
             ops.mean(ops.sqrt(variance)),
-            ops.mean(ops.cast(variance <= epsilon, x.dtype)),
+            ops.mean(ops.cast(variance <= epsilon, mean.dtype)),
         ]
     )
 
