@@ -27,15 +27,15 @@ KERAS_HUB = $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) \
 
 FUZZ = build/sanitized/fuzz build/plain/fuzz
 
-.PHONY: tutorial test lint fuzz bench figures clean
-.PHONY: test-tensorflow test-jax test-torch test-gpu test-native
+.PHONY: tutorial test lint docs linkcheck fuzz bench figures clean
+.PHONY: test-tensorflow test-jax test-torch test-gpu test-native test-site
 
 tutorial: $(VENV)/.tutorial-$(BACKEND)
 	KERAS_BACKEND=$(BACKEND) $(BIN)/normwise tutorial
 
 # The longest first: `make --jobs=2 test` ends with short ones, and no core waits long for the other.
-PARTS = $(BACKENDS) native $(if $(filter torch,$(BACKENDS)),gpu)
-test: $(addprefix test-,$(filter $(PARTS),torch jax gpu tensorflow native)) lint
+PARTS = $(BACKENDS) native $(if $(filter torch,$(BACKENDS)),gpu) $(if $(filter jax,$(BACKENDS)),site)
+test: $(addprefix test-,$(filter $(PARTS),torch jax gpu tensorflow site native)) lint
 
 # All tests, and those of values and gradients once more as they are without the native library. With
 # one whose build failed, pip installs without a word, and most tests of it would only be skipped.
@@ -55,6 +55,13 @@ CHEAP_JAX = XLA_FLAGS=--xla_backend_optimization_level=0
 test-gpu: $(INSTALLED)
 	TRITON_INTERPRET=1 KERAS_BACKEND=torch $(BIN)/python -m pytest --quiet $(wildcard tests/test_gpu_*.py)
 
+# The site, where a warning fails, and then as its visitors see it, in a browser.
+SITE = build/site
+SPHINX = KERAS_BACKEND=jax $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet
+test-site: $(INSTALLED)
+	$(SPHINX) -b html docs $(SITE)
+	KERAS_BACKEND=jax NORMWISE_SITE=$(SITE) $(BIN)/python -m pytest --quiet $(wildcard tests/test_site*.py)
+
 # The kernels by themselves, under the address and the undefined-behaviour sanitizer and without, the
 # latter with AVX-512: its masked loads are invisible to the one sanitizer, and compiling it for both
 # takes minutes. The same cases on every run, as the property tests; `make fuzz` looks further.
@@ -62,6 +69,13 @@ test-native: $(FUZZ)
 	build/plain/fuzz 10 1
 	build/sanitized/fuzz 20 1
 	NORMWISE_INSTRUCTIONS=baseline build/sanitized/fuzz 10 1
+
+docs: $(VENV)/.docs
+	$(SPHINX) -b html docs $(SITE)
+	@echo The site is $(SITE)/index.html.
+
+linkcheck: $(VENV)/.docs
+	$(SPHINX) -b linkcheck docs build/links
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -104,6 +118,10 @@ $(VENV):
 
 $(VENV)/.tutorial-$(BACKEND): pyproject.toml $(CONSTRAINTS) | $(VENV)
 	$(INSTALL) '.[tutorial,$(BACKEND)]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(VENV)
+	$(INSTALL) '.[docs]'
 	touch $@
 
 build/sanitized/fuzz: SANITIZE = -DNORMWISE_WIDER=avx2 -DNORMWISE_SANITIZE=address,undefined

@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 
 import normwise
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
 # For each title: the papers that it names, and the cells whose text states a fact, which the cell
 # must then assert.
 PAPERS = {
