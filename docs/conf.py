@@ -60,6 +60,8 @@ html_css_files = ["site.css"]
 html_baseurl = "https://normwise.github.io/normwise/"
 html_math_renderer = "mathml"
 html_show_sourcelink = False
+# The words around what is found are asked of a server, which need not be there.
+html_show_search_summary = False
 html_copy_source = False
 html_theme_options = {
     "github_url": "https://github.com/normwise/normwise",

@@ -35,6 +35,20 @@ def small():
     )
 
 
+def weights_of_small():
+    """Arrays for it, by layer and by name."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "conv": {"kernel": (3, 3, 4, 4), "bias": (4,)},
+        "norm": {"gamma": (4,), "beta": (4,)},
+        "dense": {"kernel": (4, 3), "bias": (3,)},
+    }
+    return {
+        layer: {name: rng.normal(size=shape).astype("float32") for name, shape in own.items()}
+        for layer, own in shapes.items()
+    }
+
+
 def functional(layers, inputs, outputs, name="model"):
     """`layers` holds pairs of a layer and the names of the layers that it is called on."""
     nodes = [

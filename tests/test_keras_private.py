@@ -41,16 +41,7 @@ def test_a_missing_name_is_named(use, name, monkeypatch):
 @pytest.fixture
 def old(tmp_path):
     """The path of a model of Keras 2, and its arrays by layer."""
-    rng = np.random.default_rng(0)
-    shapes = {
-        "conv": {"kernel": (3, 3, 4, 4), "bias": (4,)},
-        "norm": {"gamma": (4,), "beta": (4,)},
-        "dense": {"kernel": (4, 3), "bias": (3,)},
-    }
-    arrays = {
-        layer: {name: rng.normal(size=shape).astype("float32") for name, shape in own.items()}
-        for layer, own in shapes.items()
-    }
+    arrays = old_models.weights_of_small()
     return old_models.write_h5(tmp_path / "old.h5", old_models.small(), arrays), arrays
 
 
