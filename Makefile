@@ -94,7 +94,7 @@ fuzz: $(INSTALLED) $(FUZZ)
 	NORMWISE_MUTATIONS=2000 KERAS_BACKEND=$(BACKEND) $(BIN)/python -m pytest --quiet \
 		tests/test_migrate_robustness.py
 
-# Our layers' speed beside their peers' on each backend: tables, build/*.json, README.md's chart. Memory
+# Our layers' speed beside their peers' on each backend: tables, the site's page, README.md's chart. Memory
 # stays with the process, in huge pages: else glibc hands back large arrays at every call, and page
 # faults make up most of the times, those of one peer in another's too. `make bench KEEP=` times that.
 KEEP = GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:$\
@@ -103,10 +103,10 @@ bench: $(INSTALLED)
 	for backend in tensorflow jax torch; do \
 		for what in kernels training; do \
 			env $(KEEP) KERAS_BACKEND=$$backend $(BIN)/python benchmarks/$$what.py \
-				--json build/$$what-$$backend.json || exit 1; \
+				--json docs/measured/$$what-$$backend.json || exit 1; \
 		done; \
 	done
-	$(BIN)/python benchmarks/kernels.py --from build/kernels-*.json --chart docs/pictures/kernels.png
+	$(BIN)/python benchmarks/kernels.py --from docs/measured/kernels-*.json --chart docs/pictures/kernels.png
 
 # The pictures of README.md and docs/.
 figures: $(INSTALLED)

@@ -1,8 +1,8 @@
 """Time normwise on a GPU against every other way to the same norm, on PyTorch or on JAX.
 
-    KERAS_BACKEND=torch python benchmarks/gpu.py --half 1 --json build/gpu-torch-1.json
-    KERAS_BACKEND=jax python benchmarks/gpu.py --json build/gpu-jax.json
-    python benchmarks/gpu.py --from build/gpu-*.json --chart build/gpu.png
+    KERAS_BACKEND=torch python benchmarks/gpu.py --half 1 --json docs/measured/gpu-torch-1.json
+    KERAS_BACKEND=jax python benchmarks/gpu.py --json docs/measured/gpu-jax.json
+    python benchmarks/gpu.py --from docs/measured/gpu-*.json --chart build/gpu.png
     TRITON_INTERPRET=1 python benchmarks/gpu.py --dry
 
 The last tries all of it out without a GPU, on tiny inputs; its times mean nothing.

@@ -29,7 +29,7 @@ extensions = [
     "measured",
     "reference",
 ]
-exclude_patterns = ["_ext", "_templates", "pictures"]
+exclude_patterns = ["_ext", "_templates", "generated", "measured", "pictures"]
 templates_path = ["_templates"]
 
 # The notebooks are stored with their output, which tests/test_notebooks.py compares with a run.
@@ -74,6 +74,8 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
-html_sidebars = {"index": [], "shares": [], "changelog": [], "contributing": []}
+# Pages with none beneath them.
+ALONE = ("index", "install", "shares", "benchmarks", "changelog", "contributing")
+html_sidebars = {page: [] for page in ALONE}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
