@@ -5,6 +5,7 @@
 
 import functools
 import importlib
+import inspect
 import os
 import re
 from html.parser import HTMLParser
@@ -77,13 +78,17 @@ def public_names(module):
     }
 
 
-@pytest.mark.parametrize("module", PUBLIC)
-def test_every_public_name_is_in_the_reference_once(module):
+@functools.cache
+def listed(*kinds):
+    """The names of some kinds that the reference has."""
     with (SITE / "objects.inv").open("rb") as file:
         inventory = InventoryFile.load(file, "", os.path.join)
-    there = {
-        name for kind in ("class", "function", "data") for name in inventory.get(f"py:{kind}", {})
-    }
+    return {name for kind in kinds for name in inventory.get(f"py:{kind}", {})}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_in_the_reference_once(module):
+    there = listed("class", "function", "data")
     names = public_names(module)
     assert names
     missing = {name for name in names if f"{PUBLIC[module]}.{name}" not in there}
@@ -96,6 +101,30 @@ def test_every_public_name_is_in_the_reference_once(module):
         assert others.count(f"{PUBLIC[module]}.{name}") == 1
         page = SITE / "api" / "generated" / f"{PUBLIC[module]}.{name}.html"
         assert page.exists() or name == "KINDS"
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_has_types_and_an_example(module):
+    for name in public_names(module):
+        public = getattr(importlib.import_module(PUBLIC[module]), name)
+        if not callable(public):
+            continue
+        assert ">>>" in public.__doc__, f"{module}.{name} has no example"
+        functions = [public]
+        if inspect.isclass(public):
+            methods = listed("method")
+            functions += [
+                method
+                for own, method in vars(public).items()
+                if f"{PUBLIC[module]}.{name}.{own}" in methods
+            ]
+        for function in functions:
+            untyped = [
+                parameter.name
+                for parameter in inspect.signature(function).parameters.values()
+                if parameter.annotation is parameter.empty and parameter.name != "self"
+            ]
+            assert not untyped, f"{module}.{name}: {function.__name__}({', '.join(untyped)})"
 
 
 def test_every_link_leads_somewhere():

@@ -223,6 +223,11 @@ def group(
             a positive int or -1, or does not divide the channels.
 
     Reference: Wu and He, Group Normalization, 2018, https://arxiv.org/abs/1803.08494
+
+    Example:
+
+    >>> group((8, 4, 4, 6), groups=3).extents
+    (8, 16, 3, 2, 1)
     """
     axis = check_channel_axis(axis)
     return _group(_as_shape(shape, (axis,), symbols=True), axis, check_groups(groups))
@@ -243,6 +248,11 @@ def response(shape: Iterable[int | None], axis: int | Iterable[int] = SPATIAL) -
 
     Reference: Singh and Krishnan, Filter Response Normalization Layer, 2019,
         https://arxiv.org/abs/1911.09737
+
+    Example:
+
+    >>> response((8, 4, 4, 6)) == group((8, 4, 4, 6), groups=INSTANCE)
+    True
     """
     axes, shape = check_spatial_axes(axis), tuple(shape)
     channel = _channel_beside(axes, _as_shape(shape))
@@ -261,6 +271,11 @@ def layer(shape: Iterable[int | None], axis: int | Iterable[int] = -1) -> Geomet
         ValueError: an axis is out of range or named twice, or no axis is named.
 
     Reference: Ba et al., Layer Normalization, 2016, https://arxiv.org/abs/1607.06450
+
+    Example:
+
+    >>> layer((8, 96, 56, 56), axis=1).per
+    ('outer', 'after')
     """
     axis = check_axes(axis)
     axes = (axis,) if isinstance(axis, int) else axis
@@ -270,7 +285,20 @@ def layer(shape: Iterable[int | None], axis: int | Iterable[int] = -1) -> Geomet
 def batch(shape: Iterable[int | None], axis: int = -1) -> Geometry:
     """The geometry of batch norm: a set is a channel of the whole batch.
 
+    Args:
+        shape: the input's shape, of rank 2 or more.
+        axis: the channel axis, any but the batch axis 0.
+
+    Raises:
+        TypeError: `axis` is no int.
+        ValueError: `axis` is the batch or out of range.
+
     Reference: Ioffe and Szegedy, Batch Normalization, 2015, https://arxiv.org/abs/1502.03167
+
+    Example:
+
+    >>> batch((8, 4, 4, 6)).set_axes
+    (0, 1, 2)
     """
     shape = _as_shape(shape)
     (channel,) = _canonical((check_channel_axis(axis),), shape)

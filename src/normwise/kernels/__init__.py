@@ -29,14 +29,20 @@ _listed: tuple[Kernel, ...] = ()
 
 
 def listed() -> tuple[Kernel, ...]:
-    """The kernels of Keras's backend, in the order in which they are asked."""
+    """The kernels of Keras's backend, in the order in which they are asked.
+
+    Example:
+
+    >>> [kernel.name for kernel in listed()][-1]
+    'composite'
+    """
     global _listed
     if not _listed:
         _listed = _added + _own()
     return _listed
 
 
-def add(engine: Engine):
+def add(engine: Engine) -> None:
     """Have Keras's backend ask an engine before all other kernels, from now on.
 
     Args:
@@ -44,6 +50,13 @@ def add(engine: Engine):
 
     Raises:
         ValueError: there is a kernel of that name already, or the backend takes no engine.
+
+    Example:
+
+    >>> add(Engine("none", lambda norm: "it is an example", forward=None, backward=None))
+    >>> listed()[0].name
+    'none'
+    >>> remove("none")
     """
     global _added, _listed
     backend = keras.backend.backend()
@@ -58,11 +71,18 @@ def add(engine: Engine):
     _added, _listed = (module.kernel_of(engine), *_added), ()
 
 
-def remove(name: str):
+def remove(name: str) -> None:
     """Take back an engine that was added, by its name.
 
     Raises:
         ValueError: there is none of that name.
+
+    Example:
+
+    >>> add(Engine("none", lambda norm: "it is an example", forward=None, backward=None))
+    >>> remove("none")
+    >>> "none" in [kernel.name for kernel in listed()]
+    False
     """
     global _added, _listed
     names = [kernel.name for kernel in _added]
@@ -72,7 +92,13 @@ def remove(name: str):
 
 
 def accelerator() -> str | None:
-    """The GPU that the backend puts its tensors on, by the maker's name, or None."""
+    """The GPU that the backend puts its tensors on, by the maker's name, or None.
+
+    Example:
+
+    >>> isinstance(accelerator(), str | None)
+    True
+    """
     module = _module(keras.backend.backend())
     return None if module is None else module.accelerator()
 

@@ -23,6 +23,13 @@ class Kernel:
             than that of x, which is no reason for another to be chosen.
         adds: called with a Norm, x and a residual of one dtype, which y has too; whether `run`
             takes it here, and then returns the sum as well. Else the sum is made before.
+
+    Example:
+
+    >>> from normwise import kernels
+    >>> composite = kernels.listed()[-1]
+    >>> composite.name, composite.engine
+    ('composite', False)
     """
 
     name: str
@@ -65,6 +72,14 @@ class Engine:
         plan: None, or what gives for a Norm an object whose `forward` and `backward` are the same
             without it; then the buffers are addresses.
         adds: whether the passes take a residual. For one that does not the sum is made before.
+
+    Example:
+
+    >>> def forward(norm, x, gamma, beta, y, statistics):
+    ...     y[...] = x - x.mean(-1, keepdims=True)
+    >>> engine = Engine("half", lambda norm: None, forward, backward=None)
+    >>> engine.name, engine.adds
+    ('half', False)
     """
 
     name: str

@@ -1,12 +1,14 @@
 """Spectral norm, as a wrapper of another layer."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
 
 from normwise.kernels import state
 from normwise.layers.wrappers import KernelWrapper, full_precision
+from normwise.typing import Tensor
 
 # Of inference that finds no u to use. They leave the sigma of a random kernel, whose largest
 # singular values are close to each other, some percent too small at worst.
@@ -78,7 +80,13 @@ class SpectralNormalization(KernelWrapper):
 
     kernel_names = (*KernelWrapper.kernel_names, ("embeddings",))
 
-    def __init__(self, layer, power_iterations=1, compatible=False, **kwargs):
+    def __init__(
+        self,
+        layer: keras.Layer,
+        power_iterations: int = 1,
+        compatible: bool = False,
+        **kwargs: Any,
+    ):
         whole = isinstance(power_iterations, int) and not isinstance(power_iterations, bool)
         if not whole or power_iterations < 1:
             raise ValueError(
@@ -101,15 +109,15 @@ class SpectralNormalization(KernelWrapper):
             self._offsets = [self._add_offset(f"{k.name}_offset", k.variable, k) for k in kernels]
 
     @property
-    def u(self):
+    def u(self) -> keras.Variable | list[keras.Variable]:
         """The vector that is kept; of a separable convolution the two of them."""
         return self._u[0] if len(self._u) == 1 else list(self._u)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Call the wrapped layer with its kernel divided by the largest singular value."""
         return self.call_with(self._values(training), inputs, training)
 
-    def remove(self):
+    def remove(self) -> keras.Layer:
         """Give the wrapped layer the kernel that inference uses, and return it without the norm.
 
         The predictions stay as they are, those of the wrapper too.

@@ -2,12 +2,14 @@
 
 import math
 import numbers
+from typing import Any
 
 import keras
 
 from normwise import ops
 from normwise.layers.wrappers import Kernel, KernelWrapper, full_precision
 from normwise.norm import check_epsilon
+from normwise.typing import Initializer, Tensor
 
 
 @keras.saving.register_keras_serializable("normwise")
@@ -74,7 +76,13 @@ class WeightStandardization(KernelWrapper):
     """
 
     def __init__(
-        self, layer, epsilon=1e-6, scaled=False, gamma=1.0, gain_initializer="ones", **kwargs
+        self,
+        layer: keras.Layer,
+        epsilon: float = 1e-6,
+        scaled: bool = False,
+        gamma: float = 1.0,
+        gain_initializer: Initializer = "ones",
+        **kwargs: Any,
     ):
         if not isinstance(scaled, bool):
             raise TypeError(f"scaled={scaled!r} is neither True nor False; use one of them")
@@ -98,15 +106,15 @@ class WeightStandardization(KernelWrapper):
         self._gains = [self._add_gain(kernel) for kernel in kernels] if self.scaled else []
 
     @property
-    def gain(self):
+    def gain(self) -> keras.Variable | list[keras.Variable] | None:
         """The gain of each output; of a separable convolution the two of them; None unscaled."""
         return list(self._gains) if len(self._gains) > 1 else next(iter(self._gains), None)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Call the wrapped layer with its kernel standardized."""
         return self.call_with(self._values(), inputs, training)
 
-    def remove(self):
+    def remove(self) -> keras.Layer:
         """Give the wrapped layer the kernel that it is called with, and return it without the norm.
 
         Its predictions are those of the wrapper. The wrapper would standardize that kernel anew,

@@ -2,12 +2,14 @@
 
 import math
 import warnings
+from typing import Any
 
 import keras
 from keras import ops
 
 from normwise.kernels import state
 from normwise.layers.wrappers import Kernel, KernelWrapper, full_precision
+from normwise.typing import Tensor
 
 # TensorFlow Addons': below it a squared norm counts as it, so that a kernel of zeros stays zeros.
 _SMALLEST_SQUARE = 1e-12
@@ -82,7 +84,7 @@ class WeightNormalization(KernelWrapper):
     True
     """
 
-    def __init__(self, layer, data_init=True, **kwargs):
+    def __init__(self, layer: keras.Layer, data_init: bool = True, **kwargs: Any):
         if not isinstance(data_init, bool):
             raise TypeError(f"data_init={data_init!r} is neither True nor False; use one of them")
         super().__init__(layer, **kwargs)
@@ -112,23 +114,23 @@ class WeightNormalization(KernelWrapper):
             ]
 
     @property
-    def g(self):
+    def g(self) -> keras.Variable | list[keras.Variable]:
         """The kernel's length; of a separable convolution the two of them."""
         return self._g[0] if len(self._g) == 1 else list(self._g)
 
     @property
-    def v(self):
+    def v(self) -> keras.Variable | list[keras.Variable]:
         """The kernel's direction; of a separable convolution the two of them."""
         return self._v[0] if len(self._v) == 1 else list(self._v)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
         """Call the wrapped layer with g * v / |v| for its kernel."""
         offsets = [offset.value for offset in self._offsets]
         if training and self.data_init:
             offsets = self._initialize(inputs, offsets)
         return self.call_with(self._values(offsets), inputs, training)
 
-    def remove(self):
+    def remove(self) -> keras.Layer:
         """Give the wrapped layer the kernel that it is called with, and return it without the norm.
 
         The predictions stay as they are, those of the wrapper too.

@@ -1,6 +1,6 @@
 """What weight and spectral norm share: a layer called with kernels that are computed."""
 
-import typing
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
@@ -13,7 +13,7 @@ _TRANSPOSED = (
 _DEPTHWISE = (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
 
 
-class Kernel(typing.NamedTuple):
+class Kernel(NamedTuple):
     """A kernel of a wrapped layer.
 
     Args:
@@ -69,7 +69,7 @@ class KernelWrapper(keras.layers.Wrapper):
 
     kernel_names = (("kernel",), ("depthwise_kernel", "pointwise_kernel"))
 
-    def __init__(self, layer, **kwargs):
+    def __init__(self, layer: keras.Layer, **kwargs: Any):
         name = type(self).__name__
         if not isinstance(layer, keras.Layer):
             raise TypeError(

@@ -42,6 +42,14 @@ class Norm:
         shape: of its input, with None for what is open; None if the layer does not know it.
         sets: the geometry of its input; None for a norm of weights, or without a shape.
         parameters: how many numbers it trains.
+
+    Example:
+
+    >>> inputs = keras.Input((8, 8, 4))
+    >>> model = keras.Model(inputs, layers.GroupNormalization(2, name="norm")(inputs))
+    >>> norm, = norms_of(model)
+    >>> norm.path, norm.kind, norm.shape, norm.parameters
+    ('norm', 'group', (None, 8, 8, 4), 8)
     """
 
     path: str

@@ -30,6 +30,12 @@ class Reading:
         beta_min, beta_max: the range of beta.
         gamma_gradient, beta_gradient: the Euclidean norms of the loss's gradients by them.
         state: "fine", "dies" or "explodes", by the rule of `NormMonitor`.
+
+    Example:
+
+    >>> reading = Reading(step=0, epoch=0, layer="norm", kind="group", mean=0.1, spread=1.2)
+    >>> reading.spread, reading.state
+    (1.2, 'fine')
     """
 
     step: int

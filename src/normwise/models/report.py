@@ -16,6 +16,11 @@ class Record:
         done: what was done, as "GroupNormalization"; "kept" where nothing was.
         why: the reason, or what to know of it.
         changed: whether anything was done.
+
+    Example:
+
+    >>> Record("encoder/norm", "BatchNormalization", "GroupNormalization(groups=8)").changed
+    True
     """
 
     layer: str
@@ -30,6 +35,13 @@ class Report:
     """What was done to a model: a record for each layer that was looked at, and notes on the whole.
 
     It is a sequence of its records; Rich prints it as a table.
+
+    Example:
+
+    >>> kept = Record("norm", "BatchNormalization", "kept", "its input has rank 2", changed=False)
+    >>> report = Report("batch norms replaced", [kept])
+    >>> len(report), report[0].done, report.changed
+    (1, 'kept', [])
     """
 
     title: str

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -48,7 +49,9 @@ _LINES = {
 }
 
 
-def shared_statistics(norms, shape: Sequence[int] | None = None, *, channels: int | None = None):
+def shared_statistics(
+    norms: Any, shape: Sequence[int] | None = None, *, channels: int | None = None
+) -> Figure:
     """Draw which elements of an input share their mean and variance, one block per norm.
 
     The input is drawn as a block of N x C x (spatial), its spatial axes folded into one. One
@@ -118,12 +121,24 @@ def shared_statistics(norms, shape: Sequence[int] | None = None, *, channels: in
     return figure
 
 
-def learning_curves(runs) -> Figure:
+def learning_curves(runs: Iterable[Any]) -> Figure:
     """Draw loss and accuracy against the training step, one line per run.
 
     Args:
         runs: objects with `norm`, `epochs` and `history["loss"]`, `history["accuracy"]`, such as
             `normwise.tutorial.run.Run`; a step's values are smoothed over the steps before it.
+
+    Returns:
+        A `matplotlib.figure.Figure`; `figure.savefig(path)` writes it.
+
+    Example:
+
+    >>> from types import SimpleNamespace
+    >>> from normwise import figures
+    >>> history = {"loss": [2.3, 1.1, 0.6], "accuracy": [0.1, 0.6, 0.8]}
+    >>> run = SimpleNamespace(norm="group", epochs=1, history=history)
+    >>> [axes.get_title() for axes in figures.learning_curves([run]).axes]
+    ['loss', 'accuracy']
     """
     runs = list(runs)
     figure = Figure(figsize=(10, 4.2), dpi=DPI, facecolor=BACKGROUND)
@@ -339,5 +354,20 @@ def _smoothed(values: Sequence[float], window: int) -> np.ndarray:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure on its own background, in the format that the path's suffix names."""
+    """Write a figure on its own background, in the format that the path's suffix names.
+
+    Raises:
+        ValueError: Matplotlib knows no such format.
+        OSError: the file cannot be written.
+
+    Example:
+
+    >>> import pathlib, tempfile
+    >>> from normwise import figures, geometry
+    >>> figure = figures.shared_statistics({"layer": geometry.layer((4, 5, 5, 6))})
+    >>> path = pathlib.Path(tempfile.mkdtemp()) / "layer.svg"
+    >>> figures.save(figure, path)
+    >>> path.exists()
+    True
+    """
     figure.savefig(path, facecolor=figure.get_facecolor())
