@@ -42,7 +42,7 @@ myst_substitutions = {"version": release}
 default_role = "py:obj"
 autodoc_member_order = "bysource"
 # An argument a line, where there is more than one line of them.
-python_maximum_signature_line_length = 72
+python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
 autosummary_generate = True
 autosummary_imported_members = False
