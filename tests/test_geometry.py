@@ -193,6 +193,12 @@ def test_empty_extents_are_extents(shape, set_size):
     assert geometry.group(shape, -1, 3).set_size == set_size
 
 
+def test_without_channels_one_group_each_is_all_there_is():
+    assert geometry.group((2, 0), -1, -1).groups == 0
+    with pytest.raises(ValueError, match=r"groups=2 is more than the 0 channels .*; use -1$"):
+        geometry.group((2, 0), -1, 2)
+
+
 def test_parameters_broadcast_against_the_input():
     found = geometry.layer((2, 4, 5, 6), [3, 1])
     assert found.parameter_shape == (4, 6)

@@ -367,7 +367,7 @@ def _group(shape: Shape, axis: int, groups: int) -> Geometry:
         wrong = "is more than" if count > channels else "does not divide"
         raise ValueError(
             f"groups={groups} {wrong} the {channels} channels on axis {axis} of shape {shape}; "
-            f"use {_choices(_divisors(channels))}"
+            f"use {_choices(_divisors(channels) or [INSTANCE])}"
         )
     return Geometry(shape, (1, channel, channel + 1), count, per=("outer", "groups"))
 
