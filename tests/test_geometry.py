@@ -199,6 +199,28 @@ def test_without_channels_one_group_each_is_all_there_is():
         geometry.group((2, 0), -1, 2)
 
 
+@pytest.mark.parametrize(
+    ("found", "pattern"),
+    [
+        (geometry.layer((8, 4, 5, 6), (2, 3)), "rows"),
+        (geometry.group((8, 6), -1, 3), "rows"),
+        (geometry.group((8, 6, 1, 1), 1, 3), "rows"),
+        (geometry.group((8, 6, 4, 5), 1, 3), "runs"),
+        (geometry.group((8, 4, 6, 5), 2, 3), "runs"),
+        (geometry.batch((8, 6, 4, 5), 1), "runs"),
+        (geometry.group((8, 4, 5, 6), -1, 3), "columns"),
+        (geometry.group((8, None, None, 6), -1, 3), "columns"),
+        (geometry.batch((8, 4, 5, 6)), "columns"),
+        (geometry.layer((8, 6, 4, 5), 1), "kept"),
+        (geometry.layer((8, 6, None), 1), "kept"),
+        (geometry.layer((8, 6, 1, 1), 1), "rows"),
+        (geometry.layer((8, 4, 5, 6), (1, 3)), None),
+    ],
+)
+def test_pattern_says_how_sets_lie_in_memory(found, pattern):
+    assert found.pattern == pattern
+
+
 def test_parameters_broadcast_against_the_input():
     found = geometry.layer((2, 4, 5, 6), [3, 1])
     assert found.parameter_shape == (4, 6)

@@ -181,6 +181,32 @@ class Geometry(KeepsHash):
         return tuple(next(each) if axis in spanned else 1 for axis in range(len(self.shape)))
 
     @property
+    def pattern(self) -> str | None:
+        """How the sets lie in memory, by which kernels are chosen.
+
+        "rows" are neighbours in memory, each with a gamma of its own; "runs" are as well, or a few
+        such, with a gamma for each channel; in "columns" the neighbours are channels; where those
+        are the positions after the channels, each with a set of its own, the sets are "kept". None
+        where the sets are not neighbouring axes, which no kernel reads. An extent that is not known
+        counts as more than 1.
+
+        Example:
+
+        >>> from normwise import geometry
+        >>> geometry.layer((8, 4, 4, 6)).pattern, geometry.layer((8, 6, 4, 4), axis=1).pattern
+        ('rows', 'kept')
+        >>> geometry.group((8, 4, 4, 6), groups=3).pattern
+        'columns'
+        >>> geometry.group((8, 6, 4, 4), axis=1, groups=3).pattern
+        'runs'
+        """
+        if self.permutation is not None:
+            return None
+        if self.after != 1:
+            return "kept" if self.keeps_after else "runs"
+        return "rows" if self.before == 1 else "columns"
+
+    @property
     def set_size(self) -> int | None:
         """The number of elements in one set."""
         names = ("outer", "before", "groups", "members", "after")

@@ -71,7 +71,7 @@ def _pattern(norm: Norm, sets: "_Sets", most_of_row: int, most_of_set: int) -> s
         norm, sets: what is calculated.
         most_of_row, most_of_set: the elements that a program can hold of a row, and of another set.
     """
-    if norm.geometry.keeps_after and norm.geometry.after > 1:
+    if norm.geometry.pattern == "kept":
         return "kept"
     if sets.of_elements and power_of_2(sets.positions) <= most_of_row:
         return "rows"
@@ -297,9 +297,10 @@ class _Sets(NamedTuple):
     def of(cls, norm: Norm) -> "_Sets":
         outer, before, groups, members, after = norm.geometry.extents
         outer //= _samples(norm)
-        if before == after == 1:
+        pattern = norm.geometry.pattern
+        if pattern == "rows":
             return cls(outer, 1, members, groups, 1, of_elements=True)
-        if after == 1:
+        if pattern == "columns":
             return cls(outer, 1, before, groups, members, channels_last=True)
         return cls(outer, before, after, groups, members)
 
