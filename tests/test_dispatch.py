@@ -273,6 +273,11 @@ def test_the_doctor_says_what_is_missing():
     assert "install one (g++, clang++) and then normwise again" in words
 
 
+def test_the_doctor_prints_the_extra_that_a_remedy_names(monkeypatch):
+    monkeypatch.setattr(gpu, "missing", lambda: "run pip install 'normwise[gpu]'")
+    assert "GPU kernels run pip install 'normwise[gpu]'" in doctors_words()
+
+
 # The input's dtype, the layer's, and the precision of the result.
 DTYPES = {
     "float32": ("float32", "float32", 2.0**-23),

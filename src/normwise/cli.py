@@ -301,7 +301,8 @@ def doctor() -> None:
     with one_line_errors(ValueError):
         findings = report()
     for name, finding in findings.items():
-        table.add_row(name, finding)
+        # As text: Rich would take the [gpu] of 'normwise[gpu]' for a style.
+        table.add_row(name, Text(finding))
     Console().print(table)
 
 
