@@ -58,9 +58,12 @@ test-gpu: $(INSTALLED)
 # The site, where a warning fails, and then as its visitors see it, in a browser.
 SITE = build/site
 SPHINX = KERAS_BACKEND=jax $(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet
+# In two processes: one imports TensorFlow, the other Triton, which ends a process that has done so.
+SITE_TESTS = KERAS_BACKEND=jax NORMWISE_SITE=$(SITE) $(BIN)/python -m pytest --quiet
 test-site: $(INSTALLED)
 	$(SPHINX) -b html docs $(SITE)
-	KERAS_BACKEND=jax NORMWISE_SITE=$(SITE) $(BIN)/python -m pytest --quiet $(wildcard tests/test_site*.py)
+	$(SITE_TESTS) $(filter-out %_shares.py,$(wildcard tests/test_site*.py))
+	$(SITE_TESTS) tests/test_site_shares.py
 
 # The kernels by themselves, under the address and the undefined-behaviour sanitizer and without, the
 # latter with AVX-512: its masked loads are invisible to the one sanitizer, and compiling it for both

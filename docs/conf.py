@@ -75,7 +75,7 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 # Pages with none beneath them.
-ALONE = ("index", "install", "shares", "benchmarks", "changelog", "contributing")
+ALONE = ("index", "install", "shares", "benchmarks", "changelog", "contributing", "security")
 html_sidebars = {page: [] for page in ALONE}
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True

@@ -5,6 +5,7 @@ import functools
 import inspect
 import itertools
 import math
+import os
 import pathlib
 import random
 import re
@@ -20,6 +21,9 @@ import normwise
 from normwise import geometry, layers
 from normwise.kernels import cpu, gpu, library
 from normwise.norm import Norm
+
+if "NORMWISE_SITE" not in os.environ:
+    pytest.skip("`make test-site` tries the page, once", allow_module_level=True)
 
 ROOT = pathlib.Path(__file__).parents[1]
 NORMS = ["group", "instance", "layer", "rms", "response", "batch"]
