@@ -99,16 +99,17 @@ wheel: | $(VENV)
 # The wheel in dist/ as its installers have it: in an environment of its own, where no compiler is
 # found, with one backend, on the versions that CONSTRAINTS names.
 WHEEL_VENV = build/installed
+WHEEL_BIN = $(CURDIR)/$(WHEEL_VENV)/$(notdir $(BIN))
 WHEEL_TESTS = $(addprefix tests/test_,ops.py layers.py derivatives.py dispatch.py saving.py)
 test-wheel:
 	rm -rf $(WHEEL_VENV)
 	$(PYTHON) -m venv $(WHEEL_VENV)
-	$(WHEEL_VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) \
+	$(WHEEL_BIN)/pip install --quiet --constraint $(CONSTRAINTS) \
 		"$$(ls -d $$PWD/dist/*.whl)[$(BACKEND:tensorflow=tensorflow-cpu)]" pytest hypothesis
-	cd $(WHEEL_VENV) && bin/python $(CURDIR)/tests/installed_library.py
-	PATH=$(CURDIR)/$(WHEEL_VENV)/bin KERAS_BACKEND=$(BACKEND) NORMWISE_KERNELS=auto \
-		$(WHEEL_VENV)/bin/python -m pytest --quiet $(WHEEL_TESTS)
-	KERAS_BACKEND=$(BACKEND) $(WHEEL_VENV)/bin/normwise doctor
+	cd $(WHEEL_VENV) && $(WHEEL_BIN)/python $(CURDIR)/tests/installed_library.py
+	PATH=$(WHEEL_BIN) KERAS_BACKEND=$(BACKEND) NORMWISE_KERNELS=auto \
+		$(WHEEL_BIN)/python -m pytest --quiet $(WHEEL_TESTS)
+	KERAS_BACKEND=$(BACKEND) $(WHEEL_BIN)/normwise doctor
 
 # The kernels for ten minutes, the property tests with 2,000 examples each, ever other ones, and the
 # codemod with 5,000 programs, and the loaders of old models with 2,000 damaged files and as many that
