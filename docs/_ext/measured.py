@@ -52,7 +52,7 @@ def kernels():
 
     chart.draw(list(found.values()), GENERATED / "kernels.svg")
     alternative = "How many times as long Keras's own layers take, on each backend"
-    parts = [f"![{alternative}](generated/kernels.svg)", machine(found)]
+    parts = [picture("kernels.svg", alternative), machine(found)]
     parts.append(means(found))
     for backend, report in found.items():
         parts.append(f":::{{dropdown}} Every norm on {TITLES[backend]}\n{cases(report)}\n:::")
@@ -125,8 +125,13 @@ def gpu():
     parts = Parts()
     gpu_report.show(benchmark.CASES, found, parts)
     gpu_report.draw(benchmark.CASES, found, GENERATED / "gpu.svg")
-    picture = "![Others' time over normwise's on a GPU](generated/gpu.svg)"
-    return "\n\n".join((picture, *parts.said)) + "\n"
+    shown = picture("gpu.svg", "Others' time over normwise's on a GPU")
+    return "\n\n".join((shown, *parts.said)) + "\n"
+
+
+def picture(name, alternative):
+    """A chart that was drawn, which scrolls where it would be too small to read."""
+    return f":::{{div}} wide\n![{alternative}](generated/{name})\n:::"
 
 
 class Parts:
