@@ -73,11 +73,14 @@ test-native: $(FUZZ)
 	build/sanitized/fuzz 20 1
 	NORMWISE_INSTRUCTIONS=baseline build/sanitized/fuzz 10 1
 
-docs: $(VENV)/.docs
+# In an environment of its own, without the kernels, which take longer to compile than all the rest.
+DOCS_VENV := $(VENV)-docs
+docs linkcheck: VENV = $(DOCS_VENV)
+docs: $(DOCS_VENV)/.installed
 	$(SPHINX) -b html docs $(SITE)
 	@echo The site is $(SITE)/index.html.
 
-linkcheck: $(VENV)/.docs
+linkcheck: $(DOCS_VENV)/.installed
 	$(SPHINX) -b linkcheck docs build/links
 
 lint: $(INSTALLED)
@@ -148,8 +151,9 @@ $(VENV)/.tutorial-$(BACKEND): pyproject.toml $(CONSTRAINTS) | $(VENV)
 	$(INSTALL) '.[tutorial,$(BACKEND)]'
 	touch $@
 
-$(VENV)/.docs: pyproject.toml $(CONSTRAINTS) | $(VENV)
-	$(INSTALL) '.[docs]'
+$(DOCS_VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(INSTALL) '.[docs]' --config-settings wheel.cmake=false --config-settings wheel.platlib=false
 	touch $@
 
 build/sanitized/fuzz: SANITIZE = -DNORMWISE_WIDER=avx2 -DNORMWISE_SANITIZE=address,undefined
