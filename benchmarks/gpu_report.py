@@ -65,14 +65,6 @@ COMPARISONS = [
 ]
 
 
-def pattern(case) -> str:
-    """How the sets of a case lie in memory."""
-    last = case.axis == -1
-    if case.norm in ("group", "instance"):
-        return "columns" if last else "runs"
-    return "rows" if last else "kept"
-
-
 class Times:
     """Every time in us, of all reports together."""
 
@@ -107,7 +99,7 @@ class Times:
         return {
             case.name: found[case.name]
             for case in self.cases
-            if case.name in found and pattern(case) == of and math.prod(case.shape) > LARGE
+            if case.name in found and case.geometry.pattern == of and math.prod(case.shape) > LARGE
         }
 
 

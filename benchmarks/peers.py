@@ -46,6 +46,12 @@ class Case:
         """How many channels the input has."""
         return self.shape[self.axis]
 
+    @property
+    def geometry(self):
+        """Which elements share their statistics, and how they lie in memory."""
+        ours, _ = self.layers("float32")
+        return ours.geometry(self.shape)
+
     def layers(self, dtype):
         """The layers of normwise and of Keras, from `dtype` to `dtype` with float32 weights."""
         options = {"axis": self.axis, "dtype": "mixed_bfloat16" if dtype == "bfloat16" else dtype}
