@@ -17,6 +17,8 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+__all__ = ["Geometry", "batch", "group", "layer", "response"]
+
 Shape = tuple[int | None, ...]
 
 # One group per channel, as Keras and TensorFlow Addons write it.

@@ -21,6 +21,8 @@ from matplotlib.ticker import MaxNLocator
 
 from normwise.geometry import Geometry
 
+__all__ = ["learning_curves", "save", "shared_statistics"]
+
 # More cells along one edge could not be told apart.
 MAX_CELLS = 64
 
