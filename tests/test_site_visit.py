@@ -1,15 +1,9 @@
 """The built site as its visitors see it: on phones, in the dark, searching, without a server."""
 
-import os
-from pathlib import Path
-
 import browser
 import pytest
+from built import SITE
 
-if "NORMWISE_SITE" not in os.environ:
-    pytest.skip("`make test-site` builds the site, and visits it", allow_module_level=True)
-
-SITE = Path(os.environ["NORMWISE_SITE"]).resolve()
 PAGES = [
     "index.html",
     "install.html",
