@@ -60,7 +60,7 @@ def main():
     found = measure(arguments.rounds)
     backend = found["versions"]["Keras backend"]
     print(f"{backend}: Keras {found['keras_ms']:.0f} ms, then normwise {found['ms']:.1f} ms")
-    print(f"modules that came with it: {', '.join(found['new'])}")
+    print(f"modules that came with it: {', '.join(found['new']) or 'none'}")
     measuring.write(found, arguments.json)
 
 

@@ -34,9 +34,8 @@ templates_path = ["_templates"]
 
 # The notebooks are stored with their output, which tests/test_notebooks.py compares with a run.
 nb_execution_mode = "off"
-myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-myst_substitutions = {"version": release}
 
 # What stands in single backticks in a docstring is code, and a link where it names something.
 default_role = "py:obj"
@@ -44,8 +43,6 @@ autodoc_member_order = "bysource"
 # An argument a line, where there is more than one line of them.
 python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
-autosummary_generate = True
-autosummary_imported_members = False
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True

@@ -18,22 +18,21 @@ SHAPE, GROUPS, EPSILON = (3, 5, 7, 12), 4, 1e-3
 DTYPES = {"float32": (0, 2**-24), "float64": (1, 2**-53), "float16": (2, 2**-11)}
 
 
+def fields(kind, *names):
+    """Fields of one type, as a struct has them one after another."""
+    return [(name, kind) for name in names]
+
+
 class Norm(ctypes.Structure):
     """Of csrc/normwise.h, as are its fields."""
 
     _fields_ = (
         ("size", ctypes.c_uint64),
-        ("outer_end", ctypes.c_int32),
-        ("before_end", ctypes.c_int32),
-        ("channels_end", ctypes.c_int32),
-        ("keeps_after", ctypes.c_int32),
+        *fields(ctypes.c_int32, "outer_end", "before_end", "channels_end", "keeps_after"),
         ("groups", ctypes.c_int64),
-        ("subtract_mean", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
-        ("epsilon", ctypes.c_double),
-        ("slope", ctypes.c_double),
-        ("per_sample", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
+        *fields(ctypes.c_int32, "subtract_mean", "activation"),
+        *fields(ctypes.c_double, "epsilon", "slope"),
+        *fields(ctypes.c_int32, "per_sample", "reserved"),
     )
 
 
@@ -43,14 +42,9 @@ class Operands(ctypes.Structure):
     _fields_ = (
         ("size", ctypes.c_uint64),
         ("extents", ctypes.POINTER(ctypes.c_int64)),
-        ("rank", ctypes.c_int32),
-        ("dtype", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("x", "gamma", "beta", "y", "statistics", "dy", "dx", "dgamma", "dbeta")
-        ),
+        *fields(ctypes.c_int32, "rank", "dtype", "threads", "reserved"),
+        *fields(ctypes.c_void_p, "x", "gamma", "beta", "y", "statistics"),
+        *fields(ctypes.c_void_p, "dy", "dx", "dgamma", "dbeta"),
     )
 
 

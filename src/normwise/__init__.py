@@ -6,7 +6,7 @@
 (32, 26, 26, 10)
 """
 
-import importlib
+import importlib.metadata
 
 from normwise import geometry, layers, ops, rnn
 from normwise.dispatch import use_kernels
@@ -43,8 +43,6 @@ def __getattr__(name: str):
 
 def _version() -> str:
     """The version that was installed: the tag's, or one that counts the commits since."""
-    import importlib.metadata
-
     try:
         return importlib.metadata.version("normwise")
     except importlib.metadata.PackageNotFoundError:

@@ -12,7 +12,7 @@ from normwise.geometry import Geometry
 from normwise.models import surgery
 from normwise.typing import Shape
 
-#: The kinds, and the classes of Keras and of this library that are of one; the first that fits.
+# The kinds, and the classes of Keras and of this library that are of one; the first that fits.
 KINDS: dict[str, tuple[type[keras.Layer], ...]] = {
     "batch": (keras.layers.BatchNormalization,),
     "instance": (layers.InstanceNormalization,),
